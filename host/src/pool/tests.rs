@@ -1,0 +1,2 @@
+//! Tests of the worker pool.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

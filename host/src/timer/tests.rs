@@ -1,0 +1,2 @@
+//! Tests of the timer queue.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
