@@ -195,8 +195,12 @@ while :; do
     case $line in
         '@@ begin') begun=$((begun + 1)) ;;
         '@@ exit '*) status=${line#@@ exit } ;;
-        # The empty line that init puts before its marker is not the script's.
-        '') [ "$result" = 0 ] && held=1 && continue ;;
+        # Held back for one line: the empty line that init puts before its marker is not the script's.
+        '')
+            [ -z "$held" ] || echo
+            held=1
+            [ "$result" != 0 ] || continue
+            ;;
         *)
             [ -z "$held" ] || echo
             [ "$begun" = 0 ] || printf '%s\n' "$line"
