@@ -1,0 +1,78 @@
+//! Frozen edges: links that must neither go nor lead elsewhere while a job relies on them.
+//!
+//! Called by jobs and by drivers that rely on the chain below them. Everything else about the nodes stays allowed.
+
+use super::{Graph, no_such_node};
+use crate::error::{BlockError, Errno, Result};
+use crate::ids::{EdgeId, NodeId};
+use crate::role::Roles;
+
+/// Keeps edges frozen until it is dropped. Freezing counts: several guards may hold the same edge.
+#[must_use = "the edges thaw when the guard is dropped"]
+pub struct FreezeGuard {
+    graph: Graph,
+    edges: Vec<EdgeId>,
+}
+
+impl Graph {
+    /// Freezes one child edge of a node.
+    ///
+    /// # Errors
+    /// No such node or child.
+    pub fn freeze(&self, parent: &str, child: &str) -> Result<FreezeGuard> {
+        let id = {
+            let state = self.state();
+            let node = state.find(parent).ok_or_else(|| no_such_node(parent))?;
+            let edge = state.children(node).find(|(_, e)| e.name == child).map(|(_, e)| e.id);
+            edge.ok_or_else(|| BlockError::invalid(format!("Node '{parent}' has no '{child}' child")))?
+        };
+        Ok(self.freeze_edges(vec![id]))
+    }
+
+    /// Freezes the links of the backing chain from `top` down to `base`, filters included.
+    ///
+    /// # Errors
+    /// No such node, or `base` is not in the chain of `top`.
+    pub fn freeze_chain(&self, top: &str, base: &str) -> Result<FreezeGuard> {
+        let edges = {
+            let state = self.state();
+            let base_id = state.find(base).ok_or_else(|| no_such_node(base))?;
+            let mut at: NodeId = state.find(top).ok_or_else(|| no_such_node(top))?;
+            let mut edges = Vec::new();
+            while at != base_id {
+                let next = state.children(at).find(|(_, e)| e.roles.intersects(Roles::FILTERED | Roles::COW));
+                let Some((_, edge)) = next else {
+                    return Err(BlockError::new(
+                        Errno::EINVAL,
+                        format!("'{base}' is not in the backing chain of '{top}'"),
+                    ));
+                };
+                edges.push(edge.id);
+                at = edge.child;
+            }
+            edges
+        };
+        Ok(self.freeze_edges(edges))
+    }
+
+    fn freeze_edges(&self, edges: Vec<EdgeId>) -> FreezeGuard {
+        let mut state = self.state_mut();
+        for id in &edges {
+            if let Some(edge) = state.edges.get_mut(id) {
+                edge.frozen += 1;
+            }
+        }
+        FreezeGuard { graph: self.clone(), edges }
+    }
+}
+
+impl Drop for FreezeGuard {
+    fn drop(&mut self) {
+        let mut state = self.graph.state_mut();
+        for id in &self.edges {
+            if let Some(edge) = state.edges.get_mut(id) {
+                edge.frozen = edge.frozen.saturating_sub(1);
+            }
+        }
+    }
+}

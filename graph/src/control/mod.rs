@@ -1,0 +1,324 @@
+//! The control side: the one owner and writer of the graph, on the main thread.
+//!
+//! Called by the control channel, jobs and exports. Everything that changes edges is a transaction (`change`, `perms`) and,
+//! where requests could notice, happens in a drained section. Must not run on an iothread ([`Graph`] is not `Send`) and must
+//! not block: what waits is a future.
+
+mod attach;
+pub(crate) mod change;
+mod delete;
+pub(crate) mod freeze;
+pub(crate) mod open;
+pub(crate) mod perms;
+pub mod query;
+mod resize;
+
+use std::cell::{Ref, RefCell, RefMut};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use host::IoThread;
+
+use crate::drain::{DrainGuard, DrainState};
+use crate::driver::Registry;
+use crate::edge::{Edge, Parent, RootInfo};
+use crate::error::{BlockError, Errno, Result};
+use crate::ids::{EdgeId, NodeId};
+use crate::node::Node;
+use crate::perm::PermPair;
+use crate::view::{View, ViewNode};
+
+pub use attach::Root;
+pub use change::Change;
+pub use freeze::FreezeGuard;
+
+/// Most nodes of a graph: a bound on what a control client can make us hold, and paths keep 16-bit indexes.
+pub const MAX_NODES: usize = 4096;
+
+/// A node's place in the graph.
+pub(crate) struct Slot {
+    pub(crate) node: Arc<Node>,
+    /// By child index; a child that was detached leaves its place empty.
+    pub(crate) children: Vec<Option<EdgeId>>,
+    pub(crate) parents: Vec<EdgeId>,
+    /// Made by `blockdev-add` at the top level: stays without users until `blockdev-del`.
+    pub(crate) monitor_owned: bool,
+    /// The command that makes it is through: others may name it.
+    pub(crate) visible: bool,
+    /// Its driver is being closed.
+    pub(crate) closing: bool,
+    /// What its driver holds for its users.
+    pub(crate) held: PermPair,
+}
+
+/// The graph itself.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) nodes: BTreeMap<NodeId, Slot>,
+    pub(crate) names: HashMap<String, NodeId>,
+    /// Names of nodes that are being opened.
+    pub(crate) reserved: BTreeSet<String>,
+    pub(crate) edges: BTreeMap<EdgeId, Edge>,
+    next_id: u64,
+    next_generated: u64,
+}
+
+impl State {
+    pub(crate) fn fresh_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn generated_name(&mut self) -> String {
+        loop {
+            let name = format!("#block{:03}", self.next_generated);
+            self.next_generated += 1;
+            if !self.names.contains_key(&name) && !self.reserved.contains(&name) {
+                return name;
+            }
+        }
+    }
+
+    pub(crate) fn slot(&self, id: NodeId) -> Result<&Slot> {
+        self.nodes.get(&id).ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))
+    }
+
+    pub(crate) fn name_of(&self, id: NodeId) -> &str {
+        self.nodes.get(&id).map_or("(gone)", |s| s.node.name())
+    }
+
+    /// A node others may name.
+    pub(crate) fn find(&self, name: &str) -> Option<NodeId> {
+        let id = *self.names.get(name)?;
+        self.nodes.get(&id).filter(|s| s.visible && !s.closing).map(|_| id)
+    }
+
+    /// The edges to a node from its users.
+    pub(crate) fn users(&self, id: NodeId) -> impl Iterator<Item = &Edge> {
+        let parents = self.nodes.get(&id).map(|s| s.parents.as_slice()).unwrap_or_default();
+        parents.iter().filter_map(|e| self.edges.get(e))
+    }
+
+    /// The edges to a node's children, with their indexes.
+    pub(crate) fn children(&self, id: NodeId) -> impl Iterator<Item = (usize, &Edge)> {
+        let children = self.nodes.get(&id).map(|s| s.children.as_slice()).unwrap_or_default();
+        children.iter().enumerate().filter_map(|(i, e)| Some((i, self.edges.get(e.as_ref()?)?)))
+    }
+
+    /// A user as messages name it.
+    pub(crate) fn describe(&self, parent: &Parent) -> String {
+        match parent {
+            Parent::Node(id) => format!("node '{}'", self.name_of(*id)),
+            Parent::Root(info) => info.description.clone(),
+        }
+    }
+
+    /// All nodes reachable from `tops`, each after all its parents among them.
+    pub(crate) fn topological(&self, tops: &[NodeId]) -> Vec<NodeId> {
+        // Depth first without recursion: a node is emitted when its children have been; reversed at the end.
+        let mut done = Vec::new();
+        let mut seen = BTreeSet::new();
+        let mut stack: Vec<(NodeId, bool)> = tops.iter().rev().map(|t| (*t, false)).collect();
+        while let Some((id, expanded)) = stack.pop() {
+            if expanded {
+                done.push(id);
+            } else if self.nodes.contains_key(&id) && seen.insert(id) {
+                stack.push((id, true));
+                stack.extend(self.children(id).map(|(_, e)| (e.child, false)));
+            }
+        }
+        done.reverse();
+        done
+    }
+
+    /// All roots above these nodes.
+    pub(crate) fn roots_above(&self, targets: &[NodeId]) -> Vec<Rc<RootInfo>> {
+        let mut roots: Vec<Rc<RootInfo>> = Vec::new();
+        let mut seen = BTreeSet::new();
+        let mut todo = targets.to_vec();
+        while let Some(id) = todo.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            for edge in self.users(id) {
+                match &edge.parent {
+                    Parent::Node(parent) => todo.push(*parent),
+                    Parent::Root(info) => {
+                        if !roots.iter().any(|r| Rc::ptr_eq(r, info)) {
+                            roots.push(Rc::clone(info));
+                        }
+                    }
+                }
+            }
+        }
+        roots
+    }
+
+    /// Whether `below` can be reached from `above`.
+    pub(crate) fn reaches(&self, above: NodeId, below: NodeId) -> bool {
+        self.topological(&[above]).contains(&below)
+    }
+
+    /// The smallest granularity any user above a node promises; a node without users from outside has no guests to
+    /// wait for.
+    fn granularity(&self, id: NodeId) -> u32 {
+        let roots = self.roots_above(&[id]);
+        roots.iter().filter(|r| !r.opening).map(|r| r.granularity).min().unwrap_or(u32::MAX)
+    }
+
+    /// Whether somebody may send this node requests below its alignment.
+    fn may_misalign(&self, id: NodeId) -> bool {
+        let Some(slot) = self.nodes.get(&id) else { return false };
+        let align = slot.node.driver().limits().sane().request_alignment;
+        let granularity = self.granularity(id);
+        align > 1 && granularity != u32::MAX && granularity % align != 0
+    }
+
+    /// The snapshot below a node.
+    pub(crate) fn view(&self, top: NodeId) -> Result<Arc<View>> {
+        let order = self.topological(&[top]);
+        if order.is_empty() {
+            return Err(BlockError::new(Errno::ENODEV, "The node is gone"));
+        }
+        let index: HashMap<NodeId, u32> = order.iter().zip(0u32..).map(|(id, i)| (*id, i)).collect();
+        let mut nodes = Vec::with_capacity(order.len());
+        for id in &order {
+            let slot = self.slot(*id)?;
+            let child = |edge: &Option<EdgeId>| {
+                let edge = edge.as_ref().and_then(|e| self.edges.get(e));
+                edge.and_then(|e| index.get(&e.child).copied()).unwrap_or(u32::MAX)
+            };
+            let children: Box<[u32]> = slot.children.iter().map(child).collect();
+            nodes.push(ViewNode::new(Arc::clone(&slot.node), children, self.may_misalign(*id)));
+        }
+        Ok(Arc::new(View::new(nodes.into())))
+    }
+
+    /// Gives every root above or below these nodes a view of the graph as it is now.
+    fn refresh_views(&self, touched: &[NodeId]) {
+        let below = self.topological(touched);
+        for root in self.roots_above(&below) {
+            let edge =
+                self.edges.values().find(|e| matches!(&e.parent, Parent::Root(r) if Rc::ptr_eq(r, &root)));
+            let Some(edge) = edge else { continue };
+            match self.view(edge.child) {
+                Ok(view) => root.gate.set_view(Some(view)),
+                Err(e) => log::error!("no view for {}: {e}", root.description),
+            }
+        }
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) registry: Registry,
+    pub(crate) state: RefCell<State>,
+    pub(crate) drains: Rc<RefCell<Vec<Rc<DrainState>>>>,
+    pub(crate) iothread: RefCell<Option<IoThread>>,
+}
+
+/// The graph: a handle for the main thread, cheap to clone.
+#[derive(Clone)]
+pub struct Graph {
+    pub(crate) inner: Rc<Inner>,
+}
+
+impl Graph {
+    /// An empty graph over these drivers. `iothread` runs what the control side itself has to read and write (headers of
+    /// images, resizing, closing); without one such operations fail until [`Graph::set_iothread`].
+    pub fn new(registry: Registry, iothread: Option<IoThread>) -> Graph {
+        Graph {
+            inner: Rc::new(Inner {
+                registry,
+                state: RefCell::default(),
+                drains: Rc::default(),
+                iothread: RefCell::new(iothread),
+            }),
+        }
+    }
+
+    /// Names the iothread for the control side's own requests.
+    pub fn set_iothread(&self, iothread: Option<IoThread>) {
+        let old = self.inner.iothread.replace(iothread);
+        drop(old);
+    }
+
+    /// The drivers.
+    pub fn registry(&self) -> &Registry {
+        &self.inner.registry
+    }
+
+    pub(crate) fn state(&self) -> Ref<'_, State> {
+        self.inner.state.borrow()
+    }
+
+    pub(crate) fn state_mut(&self) -> RefMut<'_, State> {
+        self.inner.state.borrow_mut()
+    }
+
+    pub(crate) fn iothread(&self) -> Result<IoThread> {
+        let iothread = self.inner.iothread.borrow().clone();
+        iothread.ok_or_else(|| BlockError::new(Errno::ENODEV, "There is no iothread for this operation"))
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// `Cannot find device='' nor node-name='x'`.
+    pub fn node(&self, name: &str) -> Result<Arc<Node>> {
+        let state = self.state();
+        let id = state.find(name).ok_or_else(|| no_such_node(name))?;
+        Ok(Arc::clone(&state.slot(id)?.node))
+    }
+
+    /// The names of all nodes, oldest first.
+    pub fn node_names(&self) -> Vec<String> {
+        self.state().nodes.values().filter(|s| s.visible).map(|s| s.node.name().to_owned()).collect()
+    }
+
+    /// Stops all requests above a node, waits for those in flight; they resume when the guard is dropped.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub async fn drain(&self, name: &str) -> Result<DrainGuard> {
+        let id = self.state().find(name).ok_or_else(|| no_such_node(name))?;
+        Ok(self.drain_nodes(vec![id]).await)
+    }
+
+    /// Stops all requests of the whole graph.
+    pub async fn drain_all(&self) -> DrainGuard {
+        let all = self.state().nodes.keys().copied().collect();
+        self.drain_nodes(all).await
+    }
+
+    pub(crate) async fn drain_nodes(&self, targets: Vec<NodeId>) -> DrainGuard {
+        let roots = self.state().roots_above(&targets);
+        let guard = DrainGuard::start(targets, roots, &self.inner.drains);
+        guard.quiet().await;
+        guard
+    }
+
+    /// After edges changed: roots that came to lie above a node that is drained belong to that drain from now on. They
+    /// are quiet, since whoever changed the edges drained them.
+    pub(crate) fn adopt_into_drains(&self) {
+        let drains = self.inner.drains.borrow().clone();
+        for drain in drains {
+            let roots = self.state().roots_above(&drain.targets.borrow());
+            for root in roots.iter().filter(|r| !drain.holds(r)) {
+                drain.adopt(root);
+            }
+        }
+    }
+}
+
+/// QEMU's words for a name that leads nowhere.
+pub(crate) fn no_such_node(name: &str) -> BlockError {
+    BlockError::new(Errno::ENOENT, format!("Cannot find device='' nor node-name='{name}'"))
+}
+
+#[cfg(test)]
+mod model_tests;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

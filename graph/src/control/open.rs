@@ -1,0 +1,342 @@
+//! Opening nodes: from the options of `blockdev-add` to a node with its children, all or nothing.
+//!
+//! Called by the control channel and by jobs that need a node of their own. While a driver's `open` runs, its children are
+//! held by *provisional roots* named after the coming node; when it is done these become the real child edges in one
+//! transaction, so that locks are held all along. A failed or abandoned open leaves nothing behind.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::change::{add_edge, drop_edge, remove_edge};
+use super::{Graph, MAX_NODES, Slot, State, no_such_node, perms};
+use crate::drain::{NoSource, SourceGate};
+use crate::driver::{BoxFut, Driver, DriverDef, DriverKind};
+use crate::edge::{Edge, Parent, RootInfo};
+use crate::error::{BlockError, Errno, Result};
+use crate::ids::{EdgeId, NodeId, check_node_name};
+use crate::io::NodeIo;
+use crate::node::Node;
+use crate::options::{BlockdevRef, CommonOptions, DiscardOption, NodeOptions};
+use crate::perm::{Perm, PermPair, default_child_perm};
+use crate::role::Roles;
+use crate::transaction::{Step, Transaction};
+
+/// Deepest nesting of inline definitions.
+const MAX_NESTING: usize = 64;
+
+/// What a driver's `open` returns.
+pub struct Opened {
+    driver: Arc<dyn Driver>,
+    read_only: bool,
+}
+
+impl Opened {
+    /// An open node.
+    pub fn new(driver: impl Driver) -> Opened {
+        Opened { driver: Arc::new(driver), read_only: false }
+    }
+
+    /// The same, read-only whatever was asked: only where `OpenContext::options` says `auto_read_only`.
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> Opened {
+        self.read_only = read_only;
+        self
+    }
+}
+
+/// What is being opened: dropped without `into_node`, it takes everything back.
+struct Opening {
+    graph: Graph,
+    name: String,
+    options: NodeOptions,
+    kind: DriverKind,
+    depth: usize,
+    /// The provisional edges by child index.
+    children: Vec<EdgeId>,
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let mut state = self.graph.state_mut();
+        state.reserved.remove(&self.name);
+        for id in self.children.drain(..).rev() {
+            if let (Some(edge), _) = remove_edge(&mut state, id) {
+                super::delete::relax(&mut state, edge.child);
+            }
+        }
+    }
+}
+
+/// What a driver has at hand while it opens. Main thread.
+pub struct OpenContext {
+    opening: Rc<RefCell<Opening>>,
+    name: String,
+    options: NodeOptions,
+}
+
+impl OpenContext {
+    /// The name of the node that is being opened.
+    pub fn node_name(&self) -> &str {
+        &self.name
+    }
+
+    /// The effective common options.
+    pub fn options(&self) -> &NodeOptions {
+        &self.options
+    }
+
+    /// Opens or finds a child and holds it; returns its index, counted from 0 in the order of the calls. It is held with
+    /// what `default_child_perm` says for a node without users.
+    ///
+    /// # Errors
+    /// No such node, a bad definition, a permission conflict, whatever the child's driver says.
+    pub async fn open_child(&self, name: &str, roles: Roles, reference: BlockdevRef) -> Result<usize> {
+        let (perm, shared) = default_child_perm(roles, Perm::NONE, Perm::ALL, !self.options.read_only);
+        self.open_child_as(name, roles, reference, PermPair { perm, shared }).await
+    }
+
+    /// As [`OpenContext::open_child`] with other permissions until the node is open.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_child_as(
+        &self,
+        name: &str,
+        roles: Roles,
+        reference: BlockdevRef,
+        meanwhile: PermPair,
+    ) -> Result<usize> {
+        let (graph, kind, depth) = {
+            let opening = self.opening.borrow();
+            (opening.graph.clone(), opening.kind, opening.depth)
+        };
+        let child = match reference {
+            BlockdevRef::Reference(name) => graph.state().find(&name).ok_or_else(|| no_such_node(&name))?,
+            BlockdevRef::Inline(options) => {
+                let inherited = inherit(&self.options, roles, kind);
+                graph.open_node(options, inherited, depth + 1).await?
+            }
+        };
+        let info = Rc::new(RootInfo {
+            description: format!("node '{}'", self.name),
+            granularity: 1 << 30,
+            gate: SourceGate::new(Rc::new(NoSource)),
+            stay_at_node: true,
+            opening: true,
+        });
+        let state = &mut *graph.state_mut();
+        let mut pair = meanwhile;
+        if state.slot(child)?.node.options().force_share {
+            pair.shared = Perm::ALL;
+        }
+        let id = EdgeId(state.fresh_id());
+        let parent = Parent::Root(info);
+        let edge = Edge { id, parent, child, name: name.to_owned(), roles, pair, frozen: 0 };
+        let mut tran = Transaction::new();
+        add_edge(state, &mut tran, edge, None);
+        let result = perms::refresh(state, &mut tran, &[child]);
+        tran.finish(state, result)?;
+        let mut opening = self.opening.borrow_mut();
+        opening.children.push(id);
+        Ok(opening.children.len() - 1)
+    }
+
+    /// The node of a child opened before.
+    ///
+    /// # Errors
+    /// `EINVAL` for an index that was not opened.
+    pub fn child(&self, child: usize) -> Result<Arc<Node>> {
+        let opening = self.opening.borrow();
+        let state = opening.graph.state();
+        let edge = opening.children.get(child).and_then(|e| state.edges.get(e));
+        let edge = edge.ok_or_else(|| BlockError::invalid("This child has not been opened"))?;
+        Ok(Arc::clone(&state.slot(edge.child)?.node))
+    }
+
+    /// Runs requests on a child, on an iothread: reading headers. The child is used as by a parent: past its end it reads
+    /// as zeroes.
+    ///
+    /// # Errors
+    /// There is no iothread, or what `work` returns.
+    pub async fn child_io<R, F, Fut>(&self, child: usize, work: F) -> Result<R>
+    where
+        R: Send + 'static,
+        F: FnOnce(NodeIo) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R>> + 'static,
+    {
+        let node = self.child(child)?;
+        let graph = self.opening.borrow().graph.clone();
+        graph.on_iothread(node.id(), work).await
+    }
+}
+
+/// What an inline child takes from its parent where the user said nothing.
+fn inherit(parent: &NodeOptions, roles: Roles, _kind: DriverKind) -> NodeOptions {
+    let cow = roles.contains(Roles::COW);
+    NodeOptions {
+        read_only: cow || parent.read_only,
+        auto_read_only: !cow && parent.auto_read_only,
+        // Formats and filters decide themselves what they discard below.
+        discard: DiscardOption::Unmap,
+        direct: parent.direct,
+        no_flush: parent.no_flush,
+        force_share: parent.force_share,
+        ..NodeOptions::default()
+    }
+}
+
+/// A node was added; its edges are steps of their own.
+struct NodeAdded(NodeId);
+
+impl Step<State> for NodeAdded {
+    fn commit(&mut self, _: &mut State) {}
+    fn abort(&mut self, state: &mut State) {
+        if let Some(slot) = state.nodes.remove(&self.0) {
+            state.names.remove(slot.node.name());
+        }
+    }
+}
+
+impl Graph {
+    /// Creates a node from the arguments of `blockdev-add`. It belongs to the monitor: it stays until
+    /// [`Graph::blockdev_del`].
+    ///
+    /// # Errors
+    /// In QEMU's words, with nothing left behind.
+    pub async fn blockdev_add(&self, options: Value) -> Result<()> {
+        self.reap().await;
+        let result = self.add_top(options).await;
+        if result.is_err() {
+            // Children that were opened for it are without users now.
+            self.reap().await;
+        }
+        result
+    }
+
+    async fn add_top(&self, options: Value) -> Result<()> {
+        let Value::Object(options) = options else {
+            return Err(BlockError::invalid("Invalid parameter type for 'options', expected: object"));
+        };
+        // As in QEMU the name is asked for after the driver.
+        if options.contains_key("driver") && !options.contains_key("node-name") {
+            return Err(BlockError::invalid("'node-name' must be specified for the root node"));
+        }
+        let id = self.open_node(options, NodeOptions::default(), 0).await?;
+        let mut state = self.state_mut();
+        for below in state.topological(&[id]) {
+            if let Some(slot) = state.nodes.get_mut(&below) {
+                slot.visible = true;
+                slot.monitor_owned |= below == id;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a node and its children; invisible and without users at first.
+    pub(crate) fn open_node(
+        &self,
+        options: Map<String, Value>,
+        inherited: NodeOptions,
+        depth: usize,
+    ) -> BoxFut<'_, NodeId> {
+        Box::pin(async move {
+            if depth > MAX_NESTING {
+                return Err(BlockError::invalid("Block device definitions are nested too deeply"));
+            }
+            let (common, own) = CommonOptions::split(Value::Object(options))?;
+            let def = *self.registry().get(&common.driver).ok_or_else(|| {
+                BlockError::invalid(format!("Parameter 'driver' does not accept value '{}'", common.driver))
+            })?;
+            let effective = common.effective(&inherited)?;
+            let name = self.reserve(common.node_name)?;
+            let opening = Rc::new(RefCell::new(Opening {
+                graph: self.clone(),
+                name: name.clone(),
+                options: effective,
+                kind: def.kind,
+                depth,
+                children: Vec::new(),
+            }));
+            let context = OpenContext { opening: Rc::clone(&opening), name, options: effective };
+            let opened = (def.open)(context, Value::Object(own)).await?;
+            self.finish_open(&def, &mut opening.borrow_mut(), opened)
+        })
+    }
+
+    /// Takes a name for a node to come.
+    fn reserve(&self, wanted: Option<String>) -> Result<String> {
+        let mut state = self.state_mut();
+        if state.nodes.len() + state.reserved.len() >= MAX_NODES {
+            return Err(BlockError::new(Errno::ENOMEM, format!("There are {MAX_NODES} nodes already")));
+        }
+        let name = match wanted {
+            Some(name) => {
+                check_node_name(&name)?;
+                name
+            }
+            None => state.generated_name(),
+        };
+        if state.names.contains_key(&name) || !state.reserved.insert(name.clone()) {
+            return Err(BlockError::new(Errno::EEXIST, format!("Duplicate nodes with node-name='{name}'")));
+        }
+        Ok(name)
+    }
+
+    /// Turns the provisional roots into the node's child edges.
+    fn finish_open(&self, def: &DriverDef, opening: &mut Opening, opened: Opened) -> Result<NodeId> {
+        let mut options = opening.options;
+        options.read_only |= opened.read_only && options.auto_read_only;
+        let state = &mut *self.state_mut();
+        let id = NodeId(state.fresh_id());
+        let name = opening.name.clone();
+        let node = Node::new(id, name.clone(), def.name, def.kind, opened.driver, options);
+        if node.size() > i64::MAX as u64 {
+            return Err(BlockError::new(Errno::EFBIG, "The image is too large"));
+        }
+        let slot = Slot {
+            node: Arc::new(node),
+            children: Vec::new(),
+            parents: Vec::new(),
+            monitor_owned: false,
+            visible: false,
+            closing: false,
+            held: PermPair::IDLE,
+        };
+        let mut tran = Transaction::new();
+        state.nodes.insert(id, slot);
+        state.names.insert(name, id);
+        tran.add(NodeAdded(id));
+        let mut moved = BTreeMap::new();
+        for (index, provisional) in opening.children.iter().enumerate() {
+            let Some(mut edge) = state.edges.get(provisional).cloned() else { continue };
+            drop_edge(state, &mut tran, *provisional);
+            edge.id = EdgeId(state.fresh_id());
+            edge.parent = Parent::Node(id);
+            moved.insert(index, edge.child);
+            add_edge(state, &mut tran, edge, None);
+        }
+        let mut touched: Vec<NodeId> = vec![id];
+        touched.extend(moved.into_values());
+        let result = perms::refresh(state, &mut tran, &touched);
+        tran.finish(state, result)?;
+        opening.children.clear();
+        Ok(id)
+    }
+
+    /// Runs requests on a node on the control side's iothread, as a parent of the node would.
+    pub(crate) async fn on_iothread<R, F, Fut>(&self, node: NodeId, work: F) -> Result<R>
+    where
+        R: Send + 'static,
+        F: FnOnce(NodeIo) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R>> + 'static,
+    {
+        let view = self.state().view(node)?;
+        let iothread = self.iothread()?;
+        let call = iothread.call(move |local| work(view.io(&local).as_parent()));
+        call.await.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))?
+    }
+}

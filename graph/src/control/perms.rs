@@ -1,0 +1,142 @@
+//! The permission engine: what the users of a node mean for its driver and its children, prepared and committed.
+//!
+//! Called inside the transactions of `change`, `attach` and `delete`, after the edges have their new shape. Must not
+//! change the shape.
+//!
+//! `refresh` walks the touched nodes and everything below, parents first: the pairs of a node's users are final when it is
+//! looked at. It checks them against each other, computes the children's edges, and asks the drivers (`check_perm`) for the
+//! union of what they hold and will hold; the commit tells them the rest (`set_perm`). So a driver holds, at any moment of
+//! the change, enough for the graph before and for the graph after. A driver that only gives something up is not asked.
+
+use std::sync::Arc;
+
+use super::State;
+use crate::driver::Driver;
+use crate::error::{BlockError, Errno, Result};
+use crate::ids::{EdgeId, NodeId};
+use crate::perm::{Perm, PermPair, first_conflict};
+use crate::transaction::{Step, Transaction};
+
+/// An edge got another pair.
+struct EdgePerm {
+    edge: EdgeId,
+    before: PermPair,
+}
+
+impl Step<State> for EdgePerm {
+    fn commit(&mut self, _: &mut State) {}
+    fn abort(&mut self, state: &mut State) {
+        if let Some(edge) = state.edges.get_mut(&self.edge) {
+            edge.pair = self.before;
+        }
+    }
+}
+
+/// A driver was asked, or needs no asking.
+struct DriverPerm {
+    node: NodeId,
+    driver: Arc<dyn Driver>,
+    after: PermPair,
+    checked: bool,
+}
+
+impl Step<State> for DriverPerm {
+    fn commit(&mut self, state: &mut State) {
+        self.driver.set_perm(self.after.perm, self.after.shared);
+        if let Some(slot) = state.nodes.get_mut(&self.node) {
+            slot.held = self.after;
+        }
+    }
+    fn abort(&mut self, _: &mut State) {
+        if self.checked {
+            self.driver.abort_perm();
+        }
+    }
+}
+
+/// Sets an edge's pair inside a transaction.
+pub(crate) fn set_edge(state: &mut State, tran: &mut Transaction<State>, id: EdgeId, pair: PermPair) {
+    if let Some(edge) = state.edges.get_mut(&id)
+        && edge.pair != pair
+    {
+        tran.add(EdgePerm { edge: id, before: edge.pair });
+        edge.pair = pair;
+    }
+}
+
+/// Prepares the permissions of `touched` and everything below for the edges as they are now.
+pub(crate) fn refresh(state: &mut State, tran: &mut Transaction<State>, touched: &[NodeId]) -> Result<()> {
+    let order = state.topological(touched);
+    let mut wanted = Vec::with_capacity(order.len());
+    for id in &order {
+        let after = check_users(state, *id)?;
+        set_children(state, tran, *id, after)?;
+        wanted.push((*id, after));
+    }
+    // Drivers last: what can be refused without touching files has been by now.
+    for (id, after) in wanted {
+        let slot = state.slot(id)?;
+        let held = slot.held;
+        if held == after {
+            continue;
+        }
+        let driver = Arc::clone(slot.node.driver());
+        let during = held.join(after);
+        let checked = during != held;
+        if checked {
+            driver.check_perm(during.perm, during.shared)?;
+        }
+        tran.add(DriverPerm { node: id, driver, after, checked });
+    }
+    Ok(())
+}
+
+/// What all users of a node together do and share, if they may.
+fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
+    let slot = state.slot(id)?;
+    let users: Vec<_> = state.users(id).collect();
+    let pairs: Vec<PermPair> = users.iter().map(|e| e.pair).collect();
+    if let Some((needs, refuses, bits)) = first_conflict(&pairs) {
+        let name = slot.node.name();
+        let user = |at: usize| match users.get(at) {
+            Some(e) => format!("{} (uses node '{name}' as '{}' child)", state.describe(&e.parent), e.name),
+            None => String::new(),
+        };
+        return Err(BlockError::new(
+            Errno::EPERM,
+            format!(
+                "Permission conflict on node '{name}': permissions '{}' are both required by {} and unshared by {}.",
+                bits.names(),
+                user(needs),
+                user(refuses),
+            ),
+        ));
+    }
+    let all = PermPair::cumulative(pairs);
+    if all.perm.writes() && slot.node.options().read_only {
+        return Err(BlockError::new(Errno::EPERM, "Block node is read-only"));
+    }
+    // Padding the last block of a node that may not grow would have to write past its end.
+    let align = u64::from(slot.node.driver().limits().sane().request_alignment);
+    let grows = all.perm.contains(Perm::RESIZE);
+    if all.perm.contains(Perm::WRITE) && !grows && !slot.node.size().is_multiple_of(align) {
+        return Err(BlockError::new(
+            Errno::EPERM,
+            "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
+        ));
+    }
+    Ok(all)
+}
+
+fn set_children(state: &mut State, tran: &mut Transaction<State>, id: NodeId, all: PermPair) -> Result<()> {
+    let driver = Arc::clone(state.slot(id)?.node.driver());
+    let children: Vec<_> = state.children(id).map(|(i, e)| (i, e.id, e.roles, e.child)).collect();
+    for (index, edge, roles, child) in children {
+        let (perm, mut shared) = driver.child_perm(index, roles, all.perm, all.shared);
+        if state.slot(child)?.node.options().force_share {
+            shared = Perm::ALL;
+        }
+        set_edge(state, tran, edge, PermPair { perm, shared });
+    }
+    Ok(())
+}
