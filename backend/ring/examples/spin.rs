@@ -1,7 +1,7 @@
 //! What the ring layer costs: nanoseconds per request for fetch, unpack, header copy, status byte, used element and
 //! publication, with a driver in the same thread (the ring is in the cache) and with one on another core.
 //!
-//! `cargo run --release -p ringblk-ring --example spin [rounds]`. Figures only; nothing is asserted.
+//! `cargo run --release -p ringblk-ring --example spin [samples]`. Figures only; nothing is asserted.
 #![allow(clippy::print_stdout, clippy::expect_used)]
 
 use std::sync::Arc;
@@ -161,14 +161,14 @@ fn other_core(indirect: bool, batch: u16, requests: u64) -> f64 {
 }
 
 fn main() {
-    let rounds: u64 = std::env::args().nth(1).and_then(|a| a.parse().ok()).unwrap_or(1_000_000);
+    let samples: u32 = std::env::args().nth(1).and_then(|a| a.parse().ok()).unwrap_or(100);
     for (name, indirect) in [("indirect", true), ("direct", false)] {
         for batch in [32, 1] {
-            // The best of several: this is about the code, not about what else the machine does.
-            let best = |f: &dyn Fn() -> f64| (0..5).map(|_| f()).fold(f64::INFINITY, f64::min);
-            let rounds = rounds * 8 / u64::from(batch.max(8));
-            let here = best(&|| same_core(indirect, batch, rounds));
-            let there = best(&|| other_core(indirect, batch, rounds * u64::from(batch) / 4));
+            // The best of many short runs: this is about the code, not about what else the machine does.
+            let best = |f: &dyn Fn() -> f64| (0..samples).map(|_| f()).fold(f64::INFINITY, f64::min);
+            let requests = 40_000;
+            let here = best(&|| same_core(indirect, batch, requests / u64::from(batch)));
+            let there = best(&|| other_core(indirect, batch, requests));
             println!(
                 "{name:8} chains of 3, batches of {batch:2}: {here:5.1} ns same core, {there:5.1} ns other core"
             );

@@ -152,3 +152,9 @@ impl AsFd for Kick {
         self.0.as_fd()
     }
 }
+
+impl From<Kick> for OwnedFd {
+    fn from(kick: Kick) -> OwnedFd {
+        kick.0
+    }
+}

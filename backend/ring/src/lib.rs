@@ -32,6 +32,7 @@ mod iov;
 mod layout;
 mod memory;
 mod region;
+pub mod slots;
 mod split;
 #[cfg(test)]
 mod testing;
@@ -44,4 +45,5 @@ pub use iov::{GuestIov, slice_iovs};
 pub use layout::{MAX_QUEUE_SIZE, RingAddresses};
 pub use memory::{MAX_REGIONS, Memory};
 pub use region::Region;
+pub use slots::{Part, Retired, Slots};
 pub use split::{QueueState, SplitConfig, SplitQueue, UsedElement};

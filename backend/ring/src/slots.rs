@@ -273,7 +273,7 @@ impl<T> Drop for Slots<T> {
 /// A memory epoch that nothing in this table uses any more. Dropping it may unmap many gigabytes: do that elsewhere.
 #[derive(Debug)]
 #[must_use = "dropping it here may unmap guest memory on an iothread"]
-pub struct Retired(Arc<Memory>);
+pub struct Retired(#[expect(dead_code, reason = "held only to be dropped elsewhere")] Arc<Memory>);
 
 impl Retired {
     fn new(memory: Rc<Arc<Memory>>) -> Option<Self> {

@@ -1,0 +1,563 @@
+//! One queue at work, on its iothread: fetch a batch, start every request, publish what ended.
+//!
+//! The host's loop calls it as a `Source`; the device reaches it through calls on the iothread (`find`, by key). A
+//! request whose every node answers `map` becomes one raw operation; the others are driven as futures. Must not
+//! block, and allocates only for driven requests. Everything here runs on one thread.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+
+use graph::{NodeIo, Op, Path, Target, View, WriteFlags, ZeroFlags};
+use host::{FastOp, Local, Source, SourceId};
+use ring::{Chain, Kick, Memory, Notifier, Part, Retired, Slots, SplitConfig, SplitQueue};
+
+use super::config::feature;
+use super::device::{BlkDevice, Call, IoErrorReport, RingSetup};
+use super::request::{self, HEADER_LEN, Kind, Range, Status};
+
+thread_local! {
+    /// The queues of this iothread.
+    static WORKERS: RefCell<HashMap<u64, Rc<QueueWorker>>> = RefCell::new(HashMap::new());
+}
+
+/// The worker with this key, if it runs on this iothread.
+pub fn find(key: u64) -> Option<Rc<QueueWorker>> {
+    WORKERS.with_borrow(|w| w.get(&key).cloned())
+}
+
+/// What a slot remembers of its request.
+#[derive(Debug, Default)]
+struct InFlight {
+    kind: Option<Kind>,
+    /// Stamp of the batch it came with, ns.
+    start: u64,
+    path: Path,
+}
+
+/// A request that ended in this batch, to be accounted once the batch has its time stamp.
+struct Ended {
+    op: Op,
+    bytes: u64,
+    start: u64,
+    path: Path,
+    ok: bool,
+}
+
+struct Inner {
+    queue: SplitQueue,
+    slots: Slots<InFlight>,
+    /// The graph as it is until the next pause, with this queue's statistics.
+    io: NodeIo,
+    call: Option<Call>,
+    err: Option<Notifier>,
+    features: u64,
+    enabled: bool,
+    quiesced: bool,
+    stopping: bool,
+    broken: bool,
+    /// Entries were pushed and not published.
+    unpublished: bool,
+    /// Signal at the next publication whatever the driver says: after a start and after a new call descriptor.
+    force_signal: bool,
+    ended: Vec<Ended>,
+    /// Waiting for nothing to be in flight.
+    idle: Vec<Waker>,
+}
+
+/// See the module's words.
+pub struct QueueWorker {
+    key: u64,
+    local: Local,
+    source: Cell<Option<SourceId>>,
+    device: Arc<BlkDevice>,
+    me: Weak<QueueWorker>,
+    inner: RefCell<Inner>,
+}
+
+/// Starts a queue on this thread.
+///
+/// # Errors
+/// Why the ring cannot be served.
+pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) -> Result<(), String> {
+    if find(key).is_some() {
+        return Err("it runs already".into());
+    }
+    let RingSetup { memory, size, addresses, base, features, kick, call, err } = setup;
+    if features & feature::VERSION_1 == 0 {
+        return Err("the driver did not accept VIRTIO_F_VERSION_1; legacy drivers are not served".into());
+    }
+    let config = SplitConfig {
+        size: size.into(),
+        max_size: device.config().options().queue_size,
+        addresses,
+        event_idx: features & feature::EVENT_IDX != 0,
+        indirect: features & feature::INDIRECT_DESC != 0,
+        last_avail: base,
+        used_idx: None,
+    };
+    let queue = SplitQueue::new(memory.clone(), &config).map_err(|e| e.to_string())?;
+    let Some(view) = device.view() else { return Err("the export is going away".into()) };
+    let quiesced = device.quiesced();
+    let worker = Rc::new_cyclic(|me| QueueWorker {
+        key,
+        local: local.clone(),
+        source: Cell::new(None),
+        me: me.clone(),
+        inner: RefCell::new(Inner {
+            queue,
+            slots: Slots::new(size, memory),
+            io: view.io(local),
+            call,
+            err,
+            features,
+            enabled: true,
+            quiesced,
+            stopping: false,
+            broken: false,
+            unpublished: false,
+            force_signal: true,
+            ended: Vec::with_capacity(32),
+            idle: Vec::new(),
+        }),
+        device,
+    });
+    let source = local.add_source(worker.clone());
+    worker.source.set(Some(source));
+    if let Some(kick) = kick {
+        worker.set_kick(kick);
+    }
+    WORKERS.with_borrow_mut(|w| w.insert(key, worker.clone()));
+    // Kicks sent before the start, and interrupts lost before it, are made up for once.
+    worker.kicked();
+    Ok(())
+}
+
+/// Stops a queue: takes no more requests, waits for those in flight, publishes; the available index to go on from.
+pub async fn stop(key: u64) -> Option<u16> {
+    let worker = find(key)?;
+    worker.inner.borrow_mut().stopping = true;
+    worker.drained().await;
+    worker.end_batch();
+    if let Some(source) = worker.source.take() {
+        worker.local.set_kick(source, None);
+        worker.local.remove_source(source);
+    }
+    WORKERS.with_borrow_mut(|w| w.remove(&key));
+    let inner = worker.inner.borrow();
+    Some(inner.queue.state().last_avail)
+}
+
+/// Pauses a queue: resolves when nothing of it is in flight. It stays paused until `resume`.
+pub async fn pause(key: u64) {
+    if let Some(worker) = find(key) {
+        worker.inner.borrow_mut().quiesced = true;
+        worker.drained().await;
+        worker.end_batch();
+    }
+}
+
+impl Inner {
+    #[inline]
+    fn active(&self) -> bool {
+        self.enabled && !self.quiesced && !self.stopping && !self.broken
+    }
+}
+
+impl QueueWorker {
+    async fn drained(&self) {
+        std::future::poll_fn(|cx| {
+            let mut inner = self.inner.borrow_mut();
+            if inner.slots.in_flight() == 0 {
+                return Poll::Ready(());
+            }
+            inner.idle.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Looks at the ring now, and signals the driver once, as if both sides had been notified.
+    pub fn kicked(&self) {
+        self.inner.borrow_mut().force_signal = true;
+        // Through the loop, which knows whether notifications are on: consuming entries behind its back would leave the
+        // event index stale, and the driver's next kick would never come.
+        if let Some(source) = self.source.get() {
+            self.local.kick(source);
+        }
+    }
+
+    /// Enables or disables the ring.
+    pub fn set_enabled(&self, enabled: bool) {
+        self.inner.borrow_mut().enabled = enabled;
+        if enabled {
+            self.kicked();
+        }
+    }
+
+    /// Replaces the kick descriptor.
+    pub fn set_kick(&self, kick: Kick) {
+        if let Some(source) = self.source.get() {
+            self.local.set_kick(source, Some(OwnedFd::from(kick)));
+        }
+    }
+
+    /// Replaces the call descriptor and signals it.
+    pub fn set_call(&self, call: Option<Call>) {
+        let mut inner = self.inner.borrow_mut();
+        inner.call = call;
+        inner.force_signal = true;
+        drop(inner);
+        self.end_batch();
+    }
+
+    /// Moves to a new memory table.
+    pub fn set_memory(&self, memory: Arc<Memory>) {
+        let mut inner = self.inner.borrow_mut();
+        let result = inner.queue.rebase(memory.clone());
+        let retired = inner.slots.set_memory(memory);
+        drop(inner);
+        self.unmap(retired);
+        if let Err(e) = result {
+            self.fail(&format!("the new memory table does not hold the ring: {e}"));
+        }
+    }
+
+    /// Goes on after a pause, with the graph as it is now.
+    pub fn resume(&self, view: Arc<View>) {
+        let mut inner = self.inner.borrow_mut();
+        inner.io = view.io(&self.local);
+        inner.quiesced = false;
+        drop(inner);
+        self.kicked();
+    }
+
+    /// Unmaps a memory epoch where it does not hold up other queues.
+    fn unmap(&self, retired: Option<Retired>) {
+        if let Some(epoch) = retired {
+            let local = self.local.clone();
+            self.local.spawn(async move { local.blocking(move || drop(epoch)).await });
+        }
+    }
+
+    /// The ring broke a rule: it stops for good (until the driver resets the device), the others go on.
+    #[cold]
+    fn fail(&self, why: &str) {
+        let mut inner = self.inner.borrow_mut();
+        if inner.broken {
+            return;
+        }
+        inner.broken = true;
+        if let Some(err) = &inner.err {
+            let _ = err.signal();
+        }
+        log::error!("export '{}': a queue stopped: {why}", self.device.name());
+    }
+
+    /// Starts the request in `slot`.
+    #[inline]
+    fn begin(&self, inner: &mut Inner, slot: u32, now: u64) -> Result<(), String> {
+        let Inner { slots, io, features, .. } = inner;
+        let Some((memory, chain, data)) = slots.parts(slot) else { return Err("a request without a slot".into()) };
+        let mut header = [0; HEADER_LEN];
+        chain
+            .take_header(memory, &mut header)
+            .and_then(|()| chain.reserve_last())
+            .map_err(|e| format!("a request without room for header and status: {e}"))?;
+        let config = self.device.config();
+        let kind = request::parse(header, chain.readable_len(), chain.writable_len(), config);
+        data.start = now;
+        data.path = Path::default();
+        data.kind = kind.as_ref().ok().copied();
+        let (op, offset, len) = match kind {
+            Ok(Kind::Read { offset, len }) => (Op::Read, offset, len),
+            Ok(Kind::Write { offset, len }) => (Op::Write, offset, len),
+            Ok(Kind::GetId) => {
+                let status = get_id(chain, memory, &config.options().serial);
+                self.complete_in(inner, slot, status, request::ID_LEN as u64);
+                return Ok(());
+            }
+            Ok(Kind::Flush | Kind::Discard | Kind::WriteZeroes) => {
+                self.drive(slot);
+                return Ok(());
+            }
+            Err(status) => {
+                self.complete_in(inner, slot, status, 0);
+                return Ok(());
+            }
+        };
+        if op == Op::Write && !config.write_cache(*features) {
+            // No cache for this driver: durable before it completes.
+            self.drive(slot);
+            return Ok(());
+        }
+        let resolved = io.view().resolve(op, offset, len);
+        data.path = resolved.path;
+        match resolved.target {
+            Target::File { file, offset } => {
+                let (part, fast) = match op {
+                    Op::Read => (Part::Writable, FastOp::Readv),
+                    _ => (Part::Readable, FastOp::Writev { dsync: false }),
+                };
+                let Some(source) = self.source.get() else { return Err("a stopped queue".into()) };
+                if let Some(result) = slots.submit(slot, part, fast, &self.local, source, file, offset) {
+                    self.result(inner, slot, result);
+                }
+            }
+            Target::Zero => {
+                let status = chain.zero_at(memory, 0, len).map_or(Status::IoErr, |()| Status::Ok);
+                self.complete_in(inner, slot, status, len);
+            }
+            Target::Done => self.complete_in(inner, slot, Status::Ok, if op == Op::Read { len } else { 0 }),
+            Target::Drive => self.drive(slot),
+            Target::Error(errno) => self.failed(inner, slot, errno.raw(), op == Op::Read),
+        }
+        Ok(())
+    }
+
+    /// A raw operation ended with `result` bytes or a negative errno.
+    #[inline]
+    fn result(&self, inner: &mut Inner, slot: u32, result: i32) {
+        let Some(kind) = inner.slots.get(slot).and_then(|s| s.data.kind) else { return };
+        let (len, read) = match kind {
+            Kind::Read { len, .. } => (len, true),
+            Kind::Write { len, .. } => (len, false),
+            _ => return,
+        };
+        if i64::from(result) == len as i64 {
+            self.complete_in(inner, slot, Status::Ok, if read { len } else { 0 });
+        } else if result >= 0 || [libc::EAGAIN, libc::EINTR, libc::EINVAL].contains(&-result) {
+            // Short, interrupted, or buffers that direct I/O does not take: the driven path knows all of these, and
+            // doing the whole request again changes nothing that anybody was told.
+            self.drive(slot);
+        } else {
+            self.failed(inner, slot, -result, read);
+        }
+    }
+
+    #[cold]
+    fn failed(&self, inner: &mut Inner, slot: u32, errno: i32, read: bool) {
+        self.device.report(self.local.now(), || IoErrorReport {
+            read,
+            nospace: errno == libc::ENOSPC,
+            reason: std::io::Error::from_raw_os_error(errno).to_string(),
+        });
+        self.complete_in(inner, slot, Status::IoErr, 0);
+    }
+
+    /// Writes the status, pushes the used element and frees the slot. `filled`: data bytes written for the driver.
+    #[inline]
+    fn complete_in(&self, inner: &mut Inner, slot: u32, status: Status, filled: u64) {
+        let Inner { slots, queue, ended, .. } = inner;
+        let Some(s) = slots.get(slot) else { return };
+        let head = s.chain().head();
+        let filled = if status == Status::Ok { filled } else { 0 };
+        if let Some(memory) = slots.epoch_of(slot) {
+            // Fails for a chain without a status byte, which was refused when it came.
+            let _ = s.chain().write_last(memory, status as u8);
+        }
+        let (op, bytes) = match s.data.kind {
+            Some(Kind::Read { len, .. }) => (Some(Op::Read), len),
+            Some(Kind::Write { len, .. }) => (Some(Op::Write), len),
+            // Driven ones are accounted where they are driven.
+            _ => (None, 0),
+        };
+        if let Some(op) = op
+            && !s.data.path.nodes().is_empty()
+        {
+            ended.push(Ended { op, bytes, start: s.data.start, path: s.data.path, ok: status == Status::Ok });
+        }
+        // Fails for a head that is not in flight, which a taken slot's always is.
+        let _ = queue.push_used(head, (filled + 1).min(u64::from(u32::MAX)) as u32);
+        inner.unpublished = true;
+        let retired = inner.slots.release(slot);
+        if retired.is_some() {
+            self.unmap(retired);
+        }
+        if inner.slots.in_flight() == 0 && !inner.idle.is_empty() {
+            inner.idle.drain(..).for_each(Waker::wake);
+        }
+    }
+
+    /// Runs the request as a future.
+    #[cold]
+    fn drive(&self, slot: u32) {
+        let Some(me) = self.me.upgrade() else { return };
+        self.local.spawn(async move {
+            let (status, filled) = me.driven(slot).await;
+            let mut inner = me.inner.borrow_mut();
+            me.complete_in(&mut inner, slot, status, filled);
+        });
+    }
+
+    async fn driven(&self, slot: u32) -> (Status, u64) {
+        let (kind, io, fua) = {
+            let mut inner = self.inner.borrow_mut();
+            let fua = !self.device.config().write_cache(inner.features);
+            let io = inner.io.clone();
+            let Some((_, data)) = inner.slots.get_mut(slot) else { return (Status::IoErr, 0) };
+            // The nodes account for what they are asked from here on.
+            data.path = Path::default();
+            (data.kind, io, fua)
+        };
+        let bufs = |part| self.inner.borrow().slots.io_vecs(slot, part);
+        let (result, read, filled) = match kind {
+            Some(Kind::Read { offset, len }) => match bufs(Part::Writable) {
+                Some(b) => (io.read(offset, &b).await, true, len),
+                None => return (Status::IoErr, 0),
+            },
+            Some(Kind::Write { offset, .. }) => match bufs(Part::Readable) {
+                Some(b) => {
+                    let flags = if fua { WriteFlags::FUA } else { WriteFlags::empty() };
+                    (io.write(offset, &b, flags).await, false, 0)
+                }
+                None => return (Status::IoErr, 0),
+            },
+            Some(Kind::Flush) => (io.flush().await, false, 0),
+            Some(kind @ (Kind::Discard | Kind::WriteZeroes)) => {
+                let ranges = match self.ranges(slot, kind) {
+                    Ok(r) => r,
+                    Err(status) => return (status, 0),
+                };
+                let mut result = Ok(());
+                for r in ranges.into_iter().filter(|r| r.len > 0) {
+                    result = match kind {
+                        Kind::Discard => io.discard(r.offset, r.len).await,
+                        _ => {
+                            let mut flags = ZeroFlags::empty();
+                            flags.set(ZeroFlags::MAY_UNMAP, r.unmap);
+                            flags.set(ZeroFlags::FUA, fua);
+                            io.write_zeroes(r.offset, r.len, flags).await
+                        }
+                    };
+                    if result.is_err() {
+                        break;
+                    }
+                }
+                if result.is_ok() && fua && kind == Kind::Discard {
+                    result = io.flush().await;
+                }
+                (result, false, 0)
+            }
+            Some(Kind::GetId) | None => return (Status::IoErr, 0),
+        };
+        match result {
+            Ok(()) => (Status::Ok, filled),
+            Err(e) => {
+                self.device.report(self.local.now(), || IoErrorReport {
+                    read,
+                    nospace: e.errno() == graph::Errno::ENOSPC,
+                    reason: e.to_string(),
+                });
+                (if e.errno() == graph::Errno::ENOTSUP { Status::Unsupported } else { Status::IoErr }, 0)
+            }
+        }
+    }
+
+    /// Copies the ranges of a discard or write-zeroes request, once, and checks all before any is acted on.
+    fn ranges(&self, slot: u32, kind: Kind) -> Result<Vec<Range>, Status> {
+        let inner = self.inner.borrow();
+        let (Some(s), Some(memory)) = (inner.slots.get(slot), inner.slots.epoch_of(slot)) else {
+            return Err(Status::IoErr);
+        };
+        let count = request::range_count(s.chain().readable_len())?;
+        let mut bytes = vec![0u8; count * request::RANGE_LEN];
+        s.chain().read_at(memory, 0, &mut bytes).map_err(|_| Status::IoErr)?;
+        let (list, _) = bytes.as_chunks::<{ request::RANGE_LEN }>();
+        list.iter().map(|r| request::parse_range(*r, kind, self.device.config())).collect()
+    }
+}
+
+fn get_id(chain: &Chain, memory: &Memory, serial: &[u8; request::ID_LEN]) -> Status {
+    let room = (chain.writable_len() as usize).min(serial.len());
+    let part = serial.get(..room).unwrap_or_default();
+    chain.write_at(memory, 0, part).map_or(Status::IoErr, |()| Status::Ok)
+}
+
+impl Source for QueueWorker {
+    fn poll(&self) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        if !inner.active() {
+            return false;
+        }
+        let mut now = 0;
+        let mut count = 0;
+        let mut error = None;
+        match inner.queue.fetch() {
+            Ok(0) => return false,
+            Ok(_) => {}
+            Err(e) => error = Some(e.to_string()),
+        }
+        while error.is_none() {
+            let Inner { queue, slots, .. } = &mut *inner;
+            let mut popped = Ok(false);
+            let taken = slots.take(|chain| {
+                popped = queue.pop(chain);
+                matches!(popped, Ok(true))
+            });
+            let Some(slot) = taken else {
+                error = popped.err().map(|e| e.to_string());
+                break;
+            };
+            if count == 0 {
+                now = self.local.now();
+            }
+            count += 1;
+            error = self.begin(&mut inner, slot, now).err();
+        }
+        drop(inner);
+        self.local.note_requests(count);
+        if let Some(why) = error {
+            self.fail(&why);
+        }
+        count > 0
+    }
+
+    fn complete(&self, slot: u32, result: i32) {
+        let mut inner = self.inner.borrow_mut();
+        if inner.slots.returned(slot) {
+            self.result(&mut inner, slot, result);
+        }
+    }
+
+    fn end_batch(&self) {
+        let mut inner = self.inner.borrow_mut();
+        let Inner { queue, io, ended, call, unpublished, force_signal, .. } = &mut *inner;
+        if !*unpublished && !*force_signal {
+            return;
+        }
+        let wanted = *unpublished && queue.publish();
+        if (wanted || *force_signal)
+            && let Some(call) = call
+        {
+            call.signal();
+        }
+        *unpublished = false;
+        *force_signal = false;
+        if !ended.is_empty() {
+            let now = self.local.now();
+            let shards = io.shards();
+            shards.tick(now);
+            for e in ended.drain(..) {
+                shards.account(&e.path, e.op, e.bytes, now.saturating_sub(e.start), e.ok);
+            }
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.active() && inner.queue.has_work()
+    }
+
+    fn arm(&self) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        inner.active() && inner.queue.enable_notification()
+    }
+
+    fn disarm(&self) {
+        self.inner.borrow_mut().queue.disable_notification();
+    }
+}
