@@ -1,1 +1,18 @@
-//! (under construction)
+//! The block drivers of ringblk: one folder each, and the list they are registered by.
+//!
+//! The process hands [`ALL`] to the graph; nobody else names a driver. Drivers know the graph's `Driver` trait and the
+//! host's files; they must not know each other, virtio or QMP. A new driver is a new folder and its line in the list.
+//!
+//! Every folder has the same files: `mod.rs` (what it is, its state, its [`DriverDef`]), `options.rs` (its options; their
+//! comments are the reference), `open.rs`, `io.rs`, `tests.rs`.
+
+#![forbid(unsafe_code)]
+
+use graph::DriverDef;
+
+mod file;
+mod null;
+mod raw;
+
+/// Every driver, in the order the reference lists them.
+pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, null::NULL_AIO, null::NULL_CO, raw::RAW];
