@@ -70,14 +70,14 @@ impl Launch {
         let mut command = Command::new(&self.program);
         command.args(&self.args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.envs(self.environment.iter().cloned());
-        let mut child = spawn(command, self.cpus.clone())
+        let (mut child, executed) = spawn(command, self.cpus.clone())
             .map_err(Error::io(format!("starting {}", self.program.display())))?;
         let stderr = Arc::new(Mutex::new(Vec::new()));
         let reader = child.stderr.take().map(|pipe| {
             let stderr = Arc::clone(&stderr);
             std::thread::spawn(move || collect(pipe, &stderr))
         });
-        Ok(Daemon { child, stderr, reader })
+        Ok(Daemon { child, stderr, reader, executed })
     }
 }
 
@@ -94,12 +94,12 @@ fn collect(mut pipe: ChildStderr, into: &Mutex<Vec<u8>>) {
 struct Order {
     command: Command,
     cpus: Vec<usize>,
-    answer: Sender<std::io::Result<Child>>,
+    answer: Sender<std::io::Result<(Child, Instant)>>,
 }
 
 /// Starts a child from a thread that never ends. The death signal is sent when the *thread* that forked ends, so a
 /// test's own thread would take its daemon along even after handing it to somebody else.
-fn spawn(command: Command, cpus: Vec<usize>) -> std::io::Result<Child> {
+fn spawn(command: Command, cpus: Vec<usize>) -> std::io::Result<(Child, Instant)> {
     static SPAWNER: OnceLock<Mutex<Sender<Order>>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
         let (sender, orders) = channel::<Order>();
@@ -117,7 +117,8 @@ fn spawn(command: Command, cpus: Vec<usize>) -> std::io::Result<Child> {
                 let die_with_us = || set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into);
                 // SAFETY: between fork and exec only prctl runs, a bare system call: no allocation, no lock.
                 unsafe { command.pre_exec(die_with_us) };
-                let child = command.spawn();
+                // spawn() returns when the exec has closed the pipe between the two.
+                let child = command.spawn().map(|child| (child, Instant::now()));
                 if let Some(all) = &all {
                     let _ = sched_setaffinity(None, all);
                 }
@@ -142,6 +143,7 @@ pub struct Daemon {
     child: Child,
     stderr: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
+    executed: Instant,
 }
 
 impl Daemon {
@@ -157,6 +159,12 @@ impl Daemon {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// When the child's exec had succeeded, as seen from here.
+    #[must_use]
+    pub fn executed(&self) -> Instant {
+        self.executed
     }
 
     /// Connects to a socket of the child as soon as it listens. The connection is the caller's: probing with one

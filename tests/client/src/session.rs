@@ -78,8 +78,8 @@ impl Default for Setup {
     }
 }
 
-/// What outlives a connection.
-#[derive(Debug)]
+/// What outlives a connection. The default is an empty one, a placeholder while the real one is elsewhere.
+#[derive(Debug, Default)]
 pub struct Guest {
     /// Guest memory.
     pub memory: GuestMemory,

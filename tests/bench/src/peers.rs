@@ -1,0 +1,145 @@
+//! How the two backends are started for a workload: their command lines, next to each other.
+//!
+//! Called by `compare` and `probe`. ringblk takes qemu-storage-daemon's command line, so the differences between
+//! the two lines are exactly what is compared: where the queues of an export may run.
+
+use std::path::{Path, PathBuf};
+
+use client::daemon::{Daemon, Launch};
+
+use crate::Result;
+
+/// Polling time of an iothread unless a workload says otherwise: QEMU's default for virtual machines.
+pub const DEFAULT_POLL_NS: u64 = 32_768;
+
+/// Which program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// qemu-storage-daemon.
+    Qsd,
+    /// ringblk.
+    Ringblk,
+}
+
+/// A program to compare.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Which one.
+    pub kind: Kind,
+    /// Its executable.
+    pub path: PathBuf,
+}
+
+/// What is behind the export.
+#[derive(Clone, Debug)]
+pub enum Image {
+    /// null-co, which completes without touching data.
+    Null,
+    /// A raw file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// O_DIRECT.
+        direct: bool,
+    },
+}
+
+/// An export to start.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// What is behind it.
+    pub image: Image,
+    /// Queues offered.
+    pub queues: u16,
+    /// Iothreads the queues are spread over; qemu-storage-daemon always uses one.
+    pub iothreads: u16,
+    /// `poll-max-ns` of each iothread. qemu-storage-daemon takes it too, without effect on a vhost-user export.
+    pub poll_ns: u64,
+}
+
+impl Peer {
+    /// Name in reports.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Qsd => "qemu-storage-daemon",
+            Kind::Ringblk => "ringblk",
+        }
+    }
+
+    /// The command line after the program.
+    pub fn arguments(&self, export: &Export, socket: &Path) -> Vec<String> {
+        let mut line = Vec::new();
+        let mut option = |name: &str, value: String| line.extend([format!("--{name}"), value]);
+        match &export.image {
+            Image::Null => {
+                option("blockdev", "driver=null-co,node-name=n,size=1073741824,read-zeroes=off".into());
+            }
+            Image::File { path, direct } => {
+                let cache = if *direct { ",cache.direct=on" } else { "" };
+                let file = path.display();
+                option("blockdev", format!("driver=file,node-name=f,filename={file},aio=io_uring{cache}"));
+                option("blockdev", "driver=raw,node-name=n,file=f".into());
+            }
+        }
+        let iothreads = if self.kind == Kind::Qsd { 1 } else { export.iothreads };
+        for thread in 0..iothreads {
+            option("object", format!("iothread,id=i{thread},poll-max-ns={}", export.poll_ns));
+        }
+        let placement = match self.kind {
+            Kind::Qsd => "iothread=i0".into(),
+            Kind::Ringblk => (0..iothreads)
+                .map(|thread| format!("iothread-vq-mapping.{thread}.iothread=i{thread}"))
+                .collect::<Vec<_>>()
+                .join(","),
+        };
+        option(
+            "export",
+            format!(
+                "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},writable=on,num-queues={},{placement}",
+                socket.display(),
+                export.queues
+            ),
+        );
+        line
+    }
+
+    /// Starts it on these processors.
+    pub fn start(&self, export: &Export, socket: &Path, cpus: &[usize]) -> Result<Daemon> {
+        Ok(Launch::new(&self.path).args(self.arguments(export, socket)).cpus(cpus).spawn()?)
+    }
+}
+
+/// The programs named on the command line.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Choice {
+    /// qemu-storage-daemon.
+    #[arg(long, default_value = "/usr/bin/qemu-storage-daemon")]
+    qsd: PathBuf,
+    /// ringblk.
+    #[arg(long, default_value = "target/release/ringblk")]
+    ringblk: PathBuf,
+    /// Processors of the backend.
+    #[arg(long, default_value = "1", value_delimiter = ',')]
+    pub back_cpus: Vec<usize>,
+}
+
+impl Choice {
+    /// The programs that exist; the others are named, so that a missing column explains itself.
+    pub fn peers(&self) -> Result<(Vec<Peer>, Vec<String>)> {
+        let all = [
+            Peer { kind: Kind::Qsd, path: self.qsd.clone() },
+            Peer { kind: Kind::Ringblk, path: self.ringblk.clone() },
+        ];
+        let (there, missing): (Vec<_>, Vec<_>) = all.into_iter().partition(|peer| peer.path.is_file());
+        if there.is_empty() {
+            return Err(
+                format!("neither {} nor {} exists", self.qsd.display(), self.ringblk.display()).into()
+            );
+        }
+        let notes = missing
+            .iter()
+            .map(|peer| format!("{} is left out: {} does not exist", peer.name(), peer.path.display()))
+            .collect();
+        Ok((there, notes))
+    }
+}
