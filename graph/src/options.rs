@@ -123,6 +123,7 @@ impl CommonOptions {
                 common.insert(name.to_owned(), value);
             }
         }
+        check_types(&common)?;
         Ok((parse_options(Value::Object(common))?, own))
     }
 
@@ -152,6 +153,41 @@ impl CommonOptions {
         }
         Ok(options)
     }
+}
+
+/// QEMU's words for common members of the wrong type, which the parser cannot name.
+fn check_types(common: &Map<String, Value>) -> Result<()> {
+    let wrong = |name: &str, expected: &str| {
+        Err(BlockError::invalid(format!("Invalid parameter type for '{name}', expected: {expected}")))
+    };
+    let one_of = |name: &str, allowed: &[&str]| match common.get(name) {
+        Some(Value::String(s)) if !allowed.contains(&s.as_str()) => {
+            Err(BlockError::invalid(format!("Parameter '{name}' does not accept value '{s}'")))
+        }
+        _ => Ok(()),
+    };
+    for name in ["driver", "node-name", "discard", "detect-zeroes"] {
+        if common.get(name).is_some_and(|v| !v.is_string()) {
+            return wrong(name, "string");
+        }
+    }
+    for name in ["read-only", "auto-read-only", "force-share"] {
+        if common.get(name).is_some_and(|v| !v.is_boolean()) {
+            return wrong(name, "boolean");
+        }
+    }
+    one_of("discard", &["ignore", "unmap"])?;
+    one_of("detect-zeroes", &["off", "on", "unmap"])?;
+    let Some(cache) = common.get("cache") else { return Ok(()) };
+    let Some(cache) = cache.as_object() else { return wrong("cache", "object") };
+    for (name, value) in cache {
+        match name.as_str() {
+            "direct" | "no-flush" if value.is_boolean() => {}
+            "direct" | "no-flush" => return wrong(&format!("cache.{name}"), "boolean"),
+            _ => return Err(BlockError::invalid(format!("Parameter 'cache.{name}' is unexpected"))),
+        }
+    }
+    Ok(())
 }
 
 /// A child in a driver's options: the name of an existing node, or the definition of a new one.

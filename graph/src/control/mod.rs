@@ -5,6 +5,7 @@
 //! not block: what waits is a future.
 
 mod attach;
+mod blockstats;
 pub(crate) mod change;
 mod delete;
 pub(crate) mod freeze;

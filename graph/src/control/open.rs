@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::change::{add_edge, drop_edge, remove_edge};
-use super::{Graph, MAX_NODES, Slot, State, no_such_node, perms};
+use super::{Graph, MAX_NODES, Slot, State, perms};
 use crate::drain::{NoSource, SourceGate};
 use crate::driver::{BoxFut, Driver, DriverDef, DriverKind};
 use crate::edge::{Edge, Parent, RootInfo};
@@ -115,7 +115,10 @@ impl OpenContext {
             (opening.graph.clone(), opening.kind, opening.depth)
         };
         let child = match reference {
-            BlockdevRef::Reference(name) => graph.state().find(&name).ok_or_else(|| no_such_node(&name))?,
+            BlockdevRef::Reference(name) => {
+                let found = graph.state().find(&name);
+                found.ok_or_else(|| no_such_reference(&name))?
+            }
             BlockdevRef::Inline(options) => {
                 let inherited = inherit(&self.options, roles, kind);
                 graph.open_node(options, inherited, depth + 1).await?
@@ -172,6 +175,11 @@ impl OpenContext {
         let graph = self.opening.borrow().graph.clone();
         graph.on_iothread(node.id(), work).await
     }
+}
+
+/// QEMU's words for a child reference, which may mean a device there.
+fn no_such_reference(name: &str) -> BlockError {
+    BlockError::new(Errno::ENOENT, format!("Cannot find device='{name}' nor node-name='{name}'"))
 }
 
 /// What an inline child takes from its parent where the user said nothing.

@@ -1,3 +1,342 @@
 //! What the queries of the control channel answer, in the shapes of QEMU's QAPI.
 //!
-//! Called by `query-named-block-nodes`, `x-debug-query-block-graph` and `query-blockstats`. Reads the graph, changes nothing.
+//! Called by `query-named-block-nodes` and `x-debug-query-block-graph` (statistics are in `blockstats`). Reads the graph,
+//! changes nothing.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Graph, State};
+use crate::driver::DriverInfo;
+use crate::edge::Parent;
+use crate::ids::NodeId;
+use crate::options::DetectZeroes;
+use crate::perm::Perm;
+use crate::role::Roles;
+
+pub use super::blockstats::{BlockDeviceStats, BlockLatencyHistogramInfo, BlockStats};
+
+/// Cache mode of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevCacheInfo {
+    /// True if writeback mode is enabled.
+    pub writeback: bool,
+    /// True if the host page cache is bypassed (O_DIRECT).
+    pub direct: bool,
+    /// True if flush requests are ignored for the device.
+    pub no_flush: bool,
+}
+
+/// Information about an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// Name of the image file.
+    pub filename: String,
+    /// Format of the image file.
+    pub format: String,
+    /// True if the image was not cleanly closed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty_flag: Option<bool>,
+    /// Bytes allocated on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actual_size: Option<u64>,
+    /// Size as its user sees it, bytes.
+    pub virtual_size: u64,
+    /// Size of a cluster, bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// True if the image is encrypted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<bool>,
+    /// Name of the backing file as it is in the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename: Option<String>,
+    /// Full path of the backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full_backing_filename: Option<String>,
+    /// The format of the backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_filename_format: Option<String>,
+    /// Snapshots inside the image.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub snapshots: Vec<Value>,
+    /// The same of the backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_image: Option<Box<ImageInfo>>,
+    /// Information of the driver, tagged with its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_specific: Option<Value>,
+}
+
+/// Information about a node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BlockDeviceInfo {
+    /// The filename of the image.
+    pub file: String,
+    /// The name of the node.
+    #[serde(rename = "node-name")]
+    pub node_name: String,
+    /// True if the node is read-only.
+    pub ro: bool,
+    /// The name of the driver.
+    pub drv: String,
+    /// The name of the backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_file: Option<String>,
+    /// Number of files in the backing chain below; 0 in a flat answer.
+    pub backing_file_depth: u64,
+    /// True if the node is active.
+    pub active: bool,
+    /// True if the image is encrypted.
+    pub encrypted: bool,
+    /// What the node does with written zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// Total throughput limit in bytes per second; 0, limits are set by throttle nodes.
+    pub bps: i64,
+    /// Read limit; 0.
+    pub bps_rd: i64,
+    /// Write limit; 0.
+    pub bps_wr: i64,
+    /// Total limit in requests per second; 0.
+    pub iops: i64,
+    /// Read limit; 0.
+    pub iops_rd: i64,
+    /// Write limit; 0.
+    pub iops_wr: i64,
+    /// Information about the image.
+    pub image: ImageInfo,
+    /// The cache mode.
+    pub cache: BlockdevCacheInfo,
+    /// Write threshold, bytes; 0 if off.
+    pub write_threshold: u64,
+}
+
+/// A permission by its name on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockPermission {
+    /// See [`Perm::CONSISTENT_READ`].
+    ConsistentRead,
+    /// See [`Perm::WRITE`].
+    Write,
+    /// See [`Perm::WRITE_UNCHANGED`].
+    WriteUnchanged,
+    /// See [`Perm::RESIZE`].
+    Resize,
+}
+
+fn permissions(perm: Perm) -> Vec<BlockPermission> {
+    const ALL: [(Perm, BlockPermission); 4] = [
+        (Perm::CONSISTENT_READ, BlockPermission::ConsistentRead),
+        (Perm::WRITE, BlockPermission::Write),
+        (Perm::WRITE_UNCHANGED, BlockPermission::WriteUnchanged),
+        (Perm::RESIZE, BlockPermission::Resize),
+    ];
+    ALL.iter().filter(|(bit, _)| perm.contains(*bit)).map(|(_, p)| *p).collect()
+}
+
+/// Sort of a vertex.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum XDbgBlockGraphNodeType {
+    /// A user from outside: an export.
+    BlockBackend,
+    /// A job.
+    BlockJob,
+    /// A node.
+    BlockDriver,
+}
+
+/// A vertex.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct XDbgBlockGraphNode {
+    /// Its number, unique in this answer.
+    pub id: u64,
+    /// Its sort.
+    #[serde(rename = "type")]
+    pub kind: XDbgBlockGraphNodeType,
+    /// Its name; of a user from outside: who it is.
+    pub name: String,
+}
+
+/// An edge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct XDbgBlockGraphEdge {
+    /// The upper end.
+    pub parent: u64,
+    /// The lower end.
+    pub child: u64,
+    /// Its name: "file", "backing", "root".
+    pub name: String,
+    /// What the parent does.
+    pub perm: Vec<BlockPermission>,
+    /// What it lets others do.
+    pub shared_perm: Vec<BlockPermission>,
+}
+
+/// The whole graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct XDbgBlockGraph {
+    /// Vertexes.
+    pub nodes: Vec<XDbgBlockGraphNode>,
+    /// Edges.
+    pub edges: Vec<XDbgBlockGraphEdge>,
+}
+
+impl State {
+    /// The child that speaks for a node.
+    pub(super) fn primary(&self, id: NodeId) -> Option<NodeId> {
+        self.children(id).find(|(_, e)| e.roles.contains(Roles::PRIMARY)).map(|(_, e)| e.child)
+    }
+
+    /// The next node of the backing chain; through filters.
+    pub(super) fn backing(&self, id: NodeId) -> Option<NodeId> {
+        let mut at = id;
+        loop {
+            if let Some((_, edge)) = self.children(at).find(|(_, e)| e.roles.contains(Roles::COW)) {
+                return Some(edge.child);
+            }
+            at = self.children(at).find(|(_, e)| e.roles.contains(Roles::FILTERED)).map(|(_, e)| e.child)?;
+        }
+    }
+
+    /// What the driver says, completed from the primary child.
+    fn driver_info(&self, id: NodeId) -> DriverInfo {
+        let Some(slot) = self.nodes.get(&id) else { return DriverInfo::default() };
+        let mut info = slot.node.driver().info();
+        let mut at = id;
+        while info.filename.is_empty() || info.allocated.is_none() {
+            let Some(child) = self.primary(at) else { break };
+            at = child;
+            if let Some(slot) = self.nodes.get(&at) {
+                let below = slot.node.driver().info();
+                if info.filename.is_empty() {
+                    info.filename = below.filename;
+                }
+                info.allocated = info.allocated.or(below.allocated);
+            }
+        }
+        info
+    }
+
+    /// The image of a node; with `chain` also those below in the backing chain.
+    fn image(&self, id: NodeId, chain: bool) -> Option<ImageInfo> {
+        let slot = self.nodes.get(&id)?;
+        let info = self.driver_info(id);
+        let backing = self.backing(id);
+        // The chain is walked from its end, so that its length does not matter to the stack.
+        let backing_image = if chain {
+            let mut ids = Vec::new();
+            let mut at = backing;
+            while let Some(id) = at {
+                ids.push(id);
+                at = self.backing(id);
+            }
+            ids.into_iter().rev().fold(None, |below, id| {
+                let mut image = self.image(id, false)?;
+                image.backing_image = below.map(Box::new);
+                Some(image)
+            })
+        } else {
+            None
+        };
+        let full = backing.map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty());
+        Some(ImageInfo {
+            filename: info.filename,
+            format: slot.node.driver_name().to_owned(),
+            dirty_flag: Some(info.dirty),
+            actual_size: info.allocated,
+            virtual_size: slot.node.size(),
+            cluster_size: info.cluster_size.map(u64::from),
+            encrypted: info.encrypted.then_some(true),
+            full_backing_filename: info.backing_file.as_ref().and(full),
+            backing_filename: info.backing_file,
+            backing_filename_format: info.backing_format,
+            snapshots: info.snapshots,
+            backing_image: backing_image.map(Box::new),
+            format_specific: info.format_specific,
+        })
+    }
+
+    fn device_info(&self, id: NodeId, flat: bool) -> Option<BlockDeviceInfo> {
+        let slot = self.nodes.get(&id)?;
+        let options = slot.node.options();
+        let image = self.image(id, !flat)?;
+        let mut depth = 0;
+        let mut backing = self.backing(id);
+        while let (false, Some(below)) = (flat, backing) {
+            depth += 1;
+            backing = self.backing(below);
+        }
+        let backing_file = self.backing(id).map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty());
+        Some(BlockDeviceInfo {
+            file: image.filename.clone(),
+            node_name: slot.node.name().to_owned(),
+            ro: options.read_only,
+            drv: slot.node.driver_name().to_owned(),
+            backing_file: backing_file.or_else(|| image.backing_filename.clone()),
+            backing_file_depth: depth,
+            active: true,
+            encrypted: image.encrypted.unwrap_or(false),
+            detect_zeroes: options.detect_zeroes,
+            bps: 0,
+            bps_rd: 0,
+            bps_wr: 0,
+            iops: 0,
+            iops_rd: 0,
+            iops_wr: 0,
+            image,
+            cache: BlockdevCacheInfo { writeback: true, direct: options.direct, no_flush: options.no_flush },
+            write_threshold: 0,
+        })
+    }
+}
+
+impl Graph {
+    /// `query-named-block-nodes`: all nodes, oldest first. `flat` leaves out what is below each image.
+    pub fn query_named_block_nodes(&self, flat: bool) -> Vec<BlockDeviceInfo> {
+        let state = self.state();
+        let visible = state.nodes.iter().filter(|(_, s)| s.visible);
+        visible.filter_map(|(id, _)| state.device_info(*id, flat)).collect()
+    }
+
+    /// `x-debug-query-block-graph`.
+    pub fn query_block_graph(&self) -> XDbgBlockGraph {
+        let state = self.state();
+        let mut nodes: Vec<_> = state
+            .nodes
+            .values()
+            .map(|s| XDbgBlockGraphNode {
+                id: s.node.id().raw(),
+                kind: XDbgBlockGraphNodeType::BlockDriver,
+                name: s.node.name().to_owned(),
+            })
+            .collect();
+        let mut edges = Vec::new();
+        for edge in state.edges.values() {
+            let parent = match &edge.parent {
+                Parent::Node(id) => id.raw(),
+                Parent::Root(info) => {
+                    nodes.push(XDbgBlockGraphNode {
+                        id: edge.id.raw(),
+                        kind: XDbgBlockGraphNodeType::BlockBackend,
+                        name: info.description.clone(),
+                    });
+                    edge.id.raw()
+                }
+            };
+            edges.push(XDbgBlockGraphEdge {
+                parent,
+                child: edge.child.raw(),
+                name: edge.name.clone(),
+                perm: permissions(edge.pair.perm),
+                shared_perm: permissions(edge.pair.shared),
+            });
+        }
+        XDbgBlockGraph { nodes, edges }
+    }
+}

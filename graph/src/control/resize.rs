@@ -8,7 +8,7 @@ use super::{Graph, State, no_such_node};
 use crate::drain::NoSource;
 use crate::driver::Truncate;
 use crate::edge::{Parent, RootOptions};
-use crate::error::{BlockError, Result};
+use crate::error::{BlockError, Errno, Result};
 use crate::ids::NodeId;
 use crate::perm::Perm;
 
@@ -22,6 +22,9 @@ impl Graph {
             return Err(BlockError::invalid("Parameter 'size' expects a >0 size"));
         }
         let id = self.state().find(name).ok_or_else(|| no_such_node(name))?;
+        if self.node_by_id(id)?.options().read_only {
+            return Err(BlockError::new(Errno::EACCES, "Image is read-only"));
+        }
         let options = RootOptions {
             perm: Perm::RESIZE,
             // It sends no requests that others would have to look out for.
