@@ -157,6 +157,10 @@ fn heading(arguments: &Arguments, peers: &[Peer], fio: Option<&str>, notes: &[St
         arguments.file_size >> 20,
     ));
     line(
+        "undisturbed: in flight / p50, for fio 1 / CPU; waited: share of time runnable without a processor"
+            .into(),
+    );
+    line(
         "median (min..max) over the rounds; CPU is all processor time of the backend process or of fio"
             .into(),
     );
@@ -226,7 +230,14 @@ fn run(
                 return Err("fio needs a file".into());
             };
             let figures = job.run(file, workload.rw, BLOCK, arguments.seconds, cpus)?;
-            return Ok(Sample { iops: figures.iops, p50: None, p99: None, cpu_ns: figures.cpu_ns });
+            return Ok(Sample {
+                iops: figures.iops,
+                p50: None,
+                p99: None,
+                cpu_ns: figures.cpu_ns,
+                undisturbed: (workload.backing != Backing::Direct).then(|| 1e9 / figures.cpu_ns),
+                waited: None,
+            });
         }
         Contestant::Qsd => (Kind::Qsd, workload.queues),
         Contestant::Ringblk => (Kind::Ringblk, workload.queues),
@@ -268,5 +279,7 @@ fn run(
         p50: Some(p50),
         p99: Some(p99),
         cpu_ns: outcome.cpu_per_request().unwrap_or_default(),
+        undisturbed: Some(f64::from(workload.depth) * f64::from(queues) / p50 * 1e9),
+        waited: outcome.back_waited.map(|back| (outcome.front_waited, back)),
     })
 }

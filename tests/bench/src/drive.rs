@@ -128,6 +128,10 @@ pub struct Outcome {
     pub threads: Vec<(String, u64)>,
     /// Writes to kick eventfds in the window.
     pub kicks: u64,
+    /// Share of the window in which the front end was runnable without a processor.
+    pub front_waited: f64,
+    /// The same for the backend's thread that waited most, if a process was named.
+    pub back_waited: Option<f64>,
 }
 
 impl Outcome {
@@ -147,6 +151,7 @@ impl Outcome {
             "iops": self.iops(), "requests": self.requests, "seconds": self.seconds, "errors": self.errors,
             "latency_ns": {"p50": p50, "p90": p90, "p99": p99, "p99.9": p999, "max": max},
             "cpu_ns_per_request": self.cpu_per_request(),
+            "waited_for_processor": {"front": self.front_waited, "back": self.back_waited},
             "kicks_per_request": self.kicks as f64 / self.requests.max(1) as f64,
             "threads": self.threads.iter().map(|(name, ns)| json!({"name": name, "cpu_ns": ns})).collect::<Vec<_>>(),
         })
@@ -172,6 +177,11 @@ pub fn main(arguments: &Arguments) -> Result<()> {
                 say(format!("  {name}: {:.1} % of a core", *ns as f64 / outcome.seconds / 1e7));
             }
         }
+        say(format!(
+            "waited for a processor: front end {:.1} %, backend {} of the time",
+            outcome.front_waited * 100.0,
+            outcome.back_waited.map_or("?".into(), |share| format!("{:.1} %", share * 100.0)),
+        ));
         say(format!("kicks: {:.4} per request", outcome.kicks as f64 / outcome.requests.max(1) as f64));
     }
     check(&outcome)
@@ -271,6 +281,7 @@ struct Window {
     open_tick: u64,
     cpu: Option<u64>,
     threads: Vec<process::Thread>,
+    waiting: u64,
     kicks: u64,
 }
 
@@ -280,6 +291,7 @@ impl Window {
         Ok(Self {
             kicks: kicks(queues),
             threads,
+            waiting: process::own_waiting_ns()?,
             cpu: pid.map(process::cpu_ns).transpose()?,
             opened: Instant::now(),
             open_tick: clock::now(),
@@ -380,9 +392,15 @@ fn close(
     let window = window.ok_or("the measured window never opened")?;
     let seconds = window.opened.elapsed().as_secs_f64();
     let cpu = pid.map(process::cpu_ns).transpose()?;
-    let before =
-        |tid| window.threads.iter().find(|thread| thread.tid == tid).map_or(0, |thread| thread.cpu_ns);
-    let threads = pid.map(process::threads).transpose()?.unwrap_or_default();
+    let waiting = process::own_waiting_ns()?.saturating_sub(window.waiting);
+    let mut threads = pid.map(process::threads).transpose()?.unwrap_or_default();
+    for thread in &mut threads {
+        if let Some(before) = window.threads.iter().find(|before| before.tid == thread.tid) {
+            thread.cpu_ns = thread.cpu_ns.saturating_sub(before.cpu_ns);
+            thread.waiting_ns = thread.waiting_ns.saturating_sub(before.waiting_ns);
+        }
+    }
+    let share = |ns: u64| (ns as f64 / 1e9 / seconds).min(1.0);
     let quantile = |share| clock.ns(histogram.quantile(share));
     Ok(Outcome {
         requests: histogram.total(),
@@ -396,13 +414,9 @@ fn close(
             clock.ns(histogram.max()),
         ],
         cpu_ns: cpu.zip(window.cpu).map(|(after, before)| after.saturating_sub(before)),
-        threads: threads
-            .into_iter()
-            .map(|thread| {
-                let used = thread.cpu_ns.saturating_sub(before(thread.tid));
-                (thread.name, used)
-            })
-            .collect(),
+        front_waited: share(waiting),
+        back_waited: threads.iter().map(|thread| share(thread.waiting_ns)).max_by(f64::total_cmp),
+        threads: threads.into_iter().map(|thread| (thread.name, thread.cpu_ns)).collect(),
         kicks: kicks(queues) - window.kicks,
     })
 }

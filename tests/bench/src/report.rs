@@ -53,12 +53,18 @@ pub struct Sample {
     pub p99: Option<f64>,
     /// Processor time per request.
     pub cpu_ns: f64,
+    /// Requests per second as they would be on a quiet machine. For a backend Little's law on the median latency,
+    /// which pauses of either side hardly move; for fio on cached data what a fully used processor does.
+    pub undisturbed: Option<f64>,
+    /// Shares of the time that front end and backend were runnable without a processor.
+    pub waited: Option<(f64, f64)>,
 }
 
 impl Sample {
     fn figure(&self, figure: Figure) -> Option<f64> {
         match figure {
             Figure::Iops => Some(self.iops),
+            Figure::Undisturbed => self.undisturbed,
             Figure::P50 => self.p50,
             Figure::Cpu => Some(self.cpu_ns),
         }
@@ -107,10 +113,23 @@ impl Results {
             Against::BestFio => {
                 let all = (0..self.workload.fio.len()).filter_map(|job| one(Contestant::Fio(job)));
                 match figure {
-                    Figure::Iops => all.max_by(f64::total_cmp),
+                    Figure::Iops | Figure::Undisturbed => all.max_by(f64::total_cmp),
                     Figure::P50 | Figure::Cpu => all.min_by(f64::total_cmp),
                 }
             }
+        }
+    }
+
+    /// Medians of the shares of time without a processor, in percent.
+    fn waited(&self, contestant: Contestant) -> String {
+        let shares: Vec<(f64, f64)> =
+            self.of(contestant).iter().flatten().filter_map(|sample| sample.waited).collect();
+        let (front, back): (Vec<f64>, Vec<f64>) = shares.into_iter().unzip();
+        match (Spread::of(&front), Spread::of(&back)) {
+            (Some(front), Some(back)) => {
+                format!("{:.0}, {:.0}", front.median * 100.0, back.median * 100.0)
+            }
+            _ => "–".into(),
         }
     }
 
@@ -135,7 +154,7 @@ impl Results {
             .map(|target| (target.figure, target.against, Some(*target)))
             .collect();
         for against in [Against::Qsd, Against::BestFio, Against::OneQueue] {
-            for figure in [Figure::Iops, Figure::P50, Figure::Cpu] {
+            for figure in [Figure::Iops, Figure::Undisturbed, Figure::P50, Figure::Cpu] {
                 let known = rows.iter().any(|row| (row.0, row.1) == (figure, against));
                 if !known && !self.ratios(figure, against).is_empty() {
                     rows.push((figure, against, None));
@@ -150,8 +169,11 @@ impl Results {
         let mut out = String::new();
         // Writing to a String does not fail.
         let _ = writeln!(out, "### {} (`{}`)\n", self.workload.title, self.workload.name);
-        let _ =
-            writeln!(out, "| | requests/s | p50 µs | p99 µs | CPU ns per request |\n|---|---|---|---|---|");
+        let _ = writeln!(
+            out,
+            "| | requests/s | undisturbed | p50 µs | p99 µs | CPU ns per request | waited %: front, back |\n\
+             |---|---|---|---|---|---|---|"
+        );
         for &contestant in &self.contestants {
             let column = |pick: &dyn Fn(&Sample) -> Option<f64>, scale: f64, digits: usize| {
                 let values: Vec<f64> = self
@@ -167,12 +189,14 @@ impl Results {
             };
             let _ = writeln!(
                 out,
-                "| {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} | {} |",
                 self.name(contestant),
                 column(&|sample| Some(sample.iops), 1.0, 0),
+                column(&|sample| sample.undisturbed, 1.0, 0),
                 column(&|sample| sample.p50, 1000.0, 2),
                 column(&|sample| sample.p99, 1000.0, 2),
                 column(&|sample| Some(sample.cpu_ns), 1.0, 0),
+                self.waited(contestant),
             );
         }
         let rows = self.comparisons();
@@ -199,6 +223,7 @@ impl Results {
 fn title(figure: Figure, against: Against) -> String {
     let figure = match figure {
         Figure::Iops => "requests/s",
+        Figure::Undisturbed => "undisturbed requests/s",
         Figure::P50 => "p50",
         Figure::Cpu => "CPU per request",
     };

@@ -25,6 +25,8 @@ pub enum Backing {
 pub enum Figure {
     /// Requests per second.
     Iops,
+    /// Requests per second while neither side waits for a processor, see `Sample::undisturbed`.
+    Undisturbed,
     /// Median latency.
     P50,
     /// Processor time of the backend per request.

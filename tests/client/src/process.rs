@@ -31,6 +31,8 @@ pub struct Thread {
     pub name: String,
     /// Nanoseconds on a processor (first field of /proc/PID/task/TID/schedstat).
     pub cpu_ns: u64,
+    /// Nanoseconds runnable without a processor (second field): others were running there.
+    pub waiting_ns: u64,
     /// Times it gave the processor away itself.
     pub voluntary_switches: u64,
 }
@@ -44,6 +46,18 @@ fn field(status: &str, name: &str) -> u64 {
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.split_whitespace().next()?.parse().ok())
         .unwrap_or_default()
+}
+
+fn nth(schedstat: &str, at: usize) -> u64 {
+    schedstat.split_whitespace().nth(at).and_then(|ns| ns.parse().ok()).unwrap_or_default()
+}
+
+/// Nanoseconds the calling thread was runnable without a processor.
+///
+/// # Errors
+/// `Io` when the kernel keeps no scheduler statistics.
+pub fn own_waiting_ns() -> Result<u64> {
+    Ok(nth(&read("/proc/thread-self/schedstat")?, 1))
 }
 
 /// Resident memory of `pid`.
@@ -79,7 +93,8 @@ pub fn threads(pid: u32) -> Result<Vec<Thread>> {
         threads.push(Thread {
             tid,
             name: name.trim_end().to_owned(),
-            cpu_ns: stat.split_whitespace().next().and_then(|ns| ns.parse().ok()).unwrap_or_default(),
+            cpu_ns: nth(&stat, 0),
+            waiting_ns: nth(&stat, 1),
             voluntary_switches: field(&status, "voluntary_ctxt_switches"),
         });
     }

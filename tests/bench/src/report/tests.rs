@@ -5,7 +5,7 @@ use super::{Contestant, Results, Sample, Spread};
 use crate::workload::{self, Against, Figure};
 
 fn sample(iops: f64, p50: Option<f64>, cpu_ns: f64) -> Option<Sample> {
-    Some(Sample { iops, p50, p99: p50, cpu_ns })
+    Some(Sample { iops, p50, p99: p50, cpu_ns, undisturbed: p50.map(|ns| 1e9 / ns), waited: None })
 }
 
 #[test]
@@ -35,7 +35,12 @@ fn ratios_are_taken_within_rounds_and_skip_failed_runs() {
     assert!(results.ratios(Figure::P50, Against::BestFio).is_empty());
     let text = results.markdown();
     assert!(text.contains("| requests/s / best host fio | 0.50 (0.25..0.80) | ≥ 0.85 | missed |"), "{text}");
-    assert!(text.contains("| qemu-storage-daemon | 550 (100..1000) | 0.01 (0.01..0.01) |"), "{text}");
+    assert!(
+        text.contains(
+            "| qemu-storage-daemon | 550 (100..1000) | 100000000 (100000000..100000000) | 0.01 (0.01..0.01) |"
+        ),
+        "{text}"
+    );
 }
 
 #[test]
