@@ -19,8 +19,12 @@
 //! is stopped, nobody else's. No function here panics on outside input, blocks, logs, or allocates on the path of a
 //! request (a [`Chain`] keeps its storage from one request to the next).
 //!
-//! This crate knows virtqueues and guest memory. It must not know block devices, nodes, io_uring, or the vhost-user
-//! messages. It is one of the two places of the project that may hold `unsafe`.
+//! [`Slots`] is where chains meet the host layer: it holds the requests in flight and hands their segments to the kernel
+//! while making sure that list and memory stay, so that the export layer needs no `unsafe`. Nothing else here knows that
+//! there is a kernel.
+//!
+//! This crate knows virtqueues and guest memory. It must not know block devices, nodes, or the vhost-user messages. It is
+//! one of the two places of the project that may hold `unsafe`.
 
 // Pointers into guest memory are the subject of this crate; each block below argues its own case.
 #![allow(unsafe_code)]
@@ -32,7 +36,7 @@ mod iov;
 mod layout;
 mod memory;
 mod region;
-pub mod slots;
+mod slots;
 mod split;
 #[cfg(test)]
 mod testing;

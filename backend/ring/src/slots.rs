@@ -15,6 +15,9 @@ use crate::chain::Chain;
 use crate::iov::GuestIov;
 use crate::memory::Memory;
 
+#[cfg(test)]
+mod tests;
+
 /// Which part of a chain an operation works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -38,6 +41,8 @@ enum State {
 pub struct Slot<T> {
     chain: Chain,
     state: State,
+    /// The epoch this slot is counted with as a user; its chain is handed to the kernel only while it points there.
+    epoch: u64,
     /// What the owner keeps with the request.
     pub data: T,
 }
@@ -49,10 +54,13 @@ impl<T> Slot<T> {
     }
 }
 
+/// The one atomic reference to an epoch, counted without atomics: the segment lists of driven requests share it. The outer
+/// count is the point: it costs no locked instruction.
+type Counted = Rc<Arc<Memory>>;
+
 #[derive(Debug)]
 struct Epoch {
-    /// Rc, so that the segment lists of driven requests share one atomic reference.
-    memory: Rc<Arc<Memory>>,
+    memory: Counted,
     /// Slots taken while this was the current epoch and not released yet.
     users: u32,
 }
@@ -71,7 +79,7 @@ pub struct Slots<T> {
 impl<T: Default> Slots<T> {
     /// `count` free slots; requests taken from now on lie in `memory`.
     pub fn new(count: u16, memory: Arc<Memory>) -> Self {
-        let slot = || Slot { chain: Chain::new(), state: State::Free, data: T::default() };
+        let slot = || Slot { chain: Chain::new(), state: State::Free, epoch: 0, data: T::default() };
         Slots {
             slots: std::iter::repeat_with(slot).take(count.into()).collect(),
             // Last in, first out: the slot used last is the one still in the cache.
@@ -109,14 +117,16 @@ impl<T> Slots<T> {
 
     /// Offers a free slot's chain to `fill`; takes the slot if that says so.
     ///
-    /// `None`: no slot is free, or `fill` declined.
+    /// `None`: no slot is free, `fill` declined, or it made a chain of another epoch than the table's current one (the
+    /// queue and this table must change over together).
     #[inline]
     pub fn take(&mut self, fill: impl FnOnce(&mut Chain) -> bool) -> Option<u32> {
         let index = *self.free.last()?;
         let slot = self.slots.get_mut(index as usize)?;
-        if !fill(&mut slot.chain) {
+        if !fill(&mut slot.chain) || slot.chain.epoch() != self.current.memory.epoch() {
             return None;
         }
+        slot.epoch = slot.chain.epoch();
         slot.state = State::Owned;
         self.free.pop();
         self.current.users += 1;
@@ -155,7 +165,7 @@ impl<T> Slots<T> {
     }
 
     #[inline]
-    fn rc_of(&self, index: u32) -> Option<&Rc<Arc<Memory>>> {
+    fn rc_of(&self, index: u32) -> Option<&Counted> {
         let number = self.get(index)?.chain.epoch();
         if number == self.current.memory.epoch() {
             return Some(&self.current.memory);
@@ -164,9 +174,11 @@ impl<T> Slots<T> {
     }
 
     /// Starts one raw operation on the request's segments; its completion arrives at the source's `complete` with
-    /// this slot's number, whereupon [`Slots::returned`] must be called. `Some`: it was done at once, with this result.
+    /// this slot's number, whereupon [`Slots::returned`] must be called (and never otherwise: it says that the kernel is
+    /// done). `Some`: it was done at once, with this result. The caller keeps `file` until then.
     ///
     /// A slot that is not taken, or that the kernel has already, gives `-EINVAL`; nothing happens then.
+    #[expect(clippy::too_many_arguments, reason = "the hot path: one call, everything in registers")]
     #[inline]
     pub fn submit(
         &mut self,
@@ -178,9 +190,10 @@ impl<T> Slots<T> {
         file: &Arc<File>,
         offset: u64,
     ) -> Option<i32> {
-        let known = self.epoch_of(index).is_some();
-        let Some(slot) = self.slots.get_mut(index as usize).filter(|s| known && s.state == State::Owned)
-        else {
+        // The owner may have put another chain into the slot (`get_mut` lends it): then its epoch is not the one the
+        // slot keeps alive.
+        let ours = |s: &&mut Slot<T>| s.state == State::Owned && s.chain.epoch() == s.epoch;
+        let Some(slot) = self.slots.get_mut(index as usize).filter(ours) else {
             return Some(-libc::EINVAL);
         };
         let list = match part {
@@ -190,8 +203,9 @@ impl<T> Slots<T> {
         let iov = GuestIov::as_iovecs(list);
         // SAFETY: the list lies in the slot's chain, whose storage neither moves nor changes while the state is
         // `Kernel`: `take` offers only free slots, `get_mut` only owned ones, `release` refuses, and `drop` leaks the
-        // table. The bytes it names are mapped while their epoch lives, and the table holds the epoch (`epoch_of`
-        // found it) until the slot is released.
+        // table. The bytes it names are mapped while their epoch lives, which is `slot.epoch` (checked): this slot is
+        // one of the users for whose sake the table holds it, until `release`. That `file` stays open, and that
+        // `returned` is called by the completion alone, is asked of the caller above.
         let done =
             unsafe { local.submit_fast(source, index, file, op, iov.as_ptr(), iov.len() as u32, offset) };
         if done.is_none() {
@@ -231,8 +245,9 @@ impl<T> Slots<T> {
     #[inline]
     pub fn release(&mut self, index: u32) -> Option<Retired> {
         let slot = self.slots.get_mut(index as usize).filter(|s| s.state == State::Owned)?;
-        let number = slot.chain.epoch();
+        let number = slot.epoch;
         slot.state = State::Free;
+        slot.epoch = 0;
         slot.chain.clear();
         self.free.push(index);
         if number == self.current.memory.epoch() {
@@ -276,7 +291,7 @@ impl<T> Drop for Slots<T> {
 pub struct Retired(#[expect(dead_code, reason = "held only to be dropped elsewhere")] Arc<Memory>);
 
 impl Retired {
-    fn new(memory: Rc<Arc<Memory>>) -> Option<Self> {
+    fn new(memory: Counted) -> Option<Self> {
         // A driven request's list may still hold the Rc; the epoch then goes with that list.
         Rc::into_inner(memory).map(Retired)
     }
