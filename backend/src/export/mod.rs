@@ -8,7 +8,6 @@ pub mod options;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use qmp::QmpError;
 use crate::blk::config::{DeviceConfig, DeviceOptions};
 use crate::blk::device::{BlkDevice, DeviceSource, ErrorSink};
 use crate::vhost_user::connection::Connection;
-use listener::Listener;
+use listener::ExportSocket;
 use options::{ExportOptions, IoThreadVirtQueueMapping, RemoveMode, VhostUserBlkOptions};
 
 /// Most queues of one export.
@@ -59,8 +58,6 @@ pub trait Host {
     /// # Errors
     /// No such object, or it cannot be started.
     fn iothread(&self, id: Option<&str>) -> Result<IoThread, QmpError>;
-    /// A way back to the main thread.
-    fn remote(&self) -> MainRemote;
     /// Where errors of this export's I/O go.
     fn error_sink(&self, export: &str) -> ErrorSink;
 }
@@ -69,7 +66,7 @@ pub trait Host {
 pub struct Export {
     id: String,
     device: Arc<BlkDevice>,
-    listener: RefCell<Option<Listener>>,
+    listener: RefCell<Option<Rc<ExportSocket>>>,
     root: RefCell<Option<Root>>,
     connection: RefCell<Option<Connection>>,
     /// Wakes a removal that waits for the connection to end.
@@ -153,7 +150,7 @@ impl Export {
     pub async fn add(
         host: &dyn Host,
         options: ExportOptions,
-        sockets: &dyn Fn(&str) -> Option<std::os::fd::OwnedFd>,
+        inherited: listener::Inherited<'_>,
     ) -> Result<Rc<Export>, QmpError> {
         let ExportOptions::VhostUserBlk(o) = options;
         if !valid_id(&o.id) {
@@ -180,7 +177,7 @@ impl Export {
                 o.node_name
             )));
         }
-        let description = format!("block export '{}'", o.id);
+        let description = format!("{DESCRIPTION}{}'", o.id);
         let mut perm = Perm::CONSISTENT_READ;
         if o.writable {
             perm |= Perm::WRITE;
@@ -191,14 +188,14 @@ impl Export {
         let config = DeviceConfig::new(device_options, &limits, node.size()).map_err(QmpError::generic)?;
         let granularity = config.logical_block_size();
         let device = BlkDevice::new(o.id.clone(), config, &iothreads, host.error_sink(&o.id));
-        let listener = Listener::open(&o.addr, sockets)?;
+        let listener = ExportSocket::open(&o.addr, inherited)?;
         let source = Rc::new(DeviceSource(device.clone()));
         let root = RootOptions { perm, shared, granularity, ..RootOptions::new(description, false) };
         let root = graph.attach(&o.node_name, root, source).await.map_err(crate::daemon::errors::block)?;
         Ok(Rc::new(Export {
             id: o.id,
             device,
-            listener: RefCell::new(Some(listener)),
+            listener: RefCell::new(Some(Rc::new(listener))),
             root: RefCell::new(Some(root)),
             connection: RefCell::new(None),
             ended: host::sync::Event::new(),
@@ -216,23 +213,22 @@ impl Export {
         &self.device
     }
 
-    /// What to wait for on this export's listener: readable means [`Export::accept`]. `None` while a front end is
-    /// connected (the next one waits in the backlog), and when the export ends.
-    pub fn with_listener<R>(&self, f: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
-        self.listener.borrow().as_ref().and_then(|l| l.fd()).map(|fd| f(fd.as_fd()))
+    /// The socket to wait on: readable means [`Export::accept`]. `None` while a front end is connected (the next one
+    /// waits in the backlog), and when the export ends.
+    pub fn waiting_on(&self) -> Option<Rc<ExportSocket>> {
+        if self.accepting() { self.listener.borrow().clone() } else { None }
     }
 
-    /// Whether a front end may be accepted now.
-    pub fn accepting(&self) -> bool {
+    fn accepting(&self) -> bool {
         !self.closing.get() && self.connection.borrow().is_none()
     }
 
-    /// Takes the next front end, if one waits.
+    /// Takes the next front end, if one waits and none is connected.
     pub fn accept(self: &Rc<Self>, remote: &MainRemote, ended: impl FnOnce() + Send + 'static) {
         if !self.accepting() {
             return;
         }
-        let next = self.listener.borrow_mut().as_mut().and_then(Listener::accept);
+        let next = self.listener.borrow().as_ref().and_then(|l| l.accept());
         if let Some(socket) = next {
             self.connect(socket, remote, ended);
         }
@@ -240,6 +236,7 @@ impl Export {
 
     fn connect(self: &Rc<Self>, socket: UnixStream, remote: &MainRemote, ended: impl FnOnce() + Send + 'static) {
         let remote = remote.clone();
+        self.ended.clear();
         match Connection::start(socket, self.device.clone(), move || remote.post(ended)) {
             Ok(c) => *self.connection.borrow_mut() = Some(c),
             Err(e) => log::error!("export '{}': cannot serve a front end: {e}", self.id),
@@ -254,12 +251,11 @@ impl Export {
         self.ended.set();
     }
 
-    /// Ends the export: no new front end, the present one is disconnected once nothing is in flight, the node is
-    /// given back.
+    /// Whether the export may be removed in this mode.
     ///
     /// # Errors
     /// `safe` with a front end connected, or an export that is being removed already.
-    pub async fn remove(&self, mode: RemoveMode) -> Result<(), QmpError> {
+    pub fn check_remove(&self, mode: RemoveMode) -> Result<(), QmpError> {
         if self.closing.get() {
             return Err(QmpError::generic(format!("export '{}' is already shutting down", self.id)));
         }
@@ -269,17 +265,22 @@ impl Export {
                 self.id
             )));
         }
-        self.close().await;
         Ok(())
     }
 
-    /// The unconditional part of [`Export::remove`].
-    pub async fn close(&self) {
+    /// From now on no front end is let in; the socket's path is free again.
+    pub fn stop_accepting(&self) {
         self.closing.set(true);
-        *self.listener.borrow_mut() = None;
+        if let Some(l) = self.listener.borrow_mut().take() {
+            l.remove_path();
+        }
+    }
+
+    /// Ends the export: the present front end is disconnected once nothing is in flight, the node is given back.
+    pub async fn close(&self) {
+        self.stop_accepting();
         let connected = match &*self.connection.borrow() {
             Some(c) => {
-                self.ended.clear();
                 c.shutdown();
                 true
             }
@@ -312,6 +313,14 @@ impl Export {
     pub fn uses_iothread(&self, id: &str) -> bool {
         self.device.placement().iter().any(|p| p == id)
     }
+}
+
+/// How the graph names an export in its messages, up to the id.
+const DESCRIPTION: &str = "block export '";
+
+/// The id of the export that the graph calls so.
+pub fn id_in_description(text: &str) -> Option<&str> {
+    text.strip_prefix(DESCRIPTION)?.strip_suffix('\'')
 }
 
 /// All exports by id.

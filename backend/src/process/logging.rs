@@ -31,8 +31,8 @@
 mod filter;
 mod limit;
 
-pub use filter::{DEFAULT_LEVEL, Filter, Pattern, TARGETS, TraceOption, display_target};
-pub use limit::{BURST, WINDOW};
+pub use filter::{Filter, TARGETS, TraceOption, display_target};
+
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};

@@ -1,0 +1,143 @@
+//! Nodes: adding, removing, resizing, and the queries about them.
+
+use graph::query::{BlockDeviceInfo, BlockStats, XDbgBlockGraph};
+use graph::{CommonOptions, Registry};
+use qmp::{Commands, QmpError};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::State;
+use crate::daemon::errors::block;
+
+/// `blockdev-del`
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct BlockdevDel {
+    /// The node.
+    node_name: String,
+}
+
+/// `block_resize`
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct BlockResize {
+    /// The export whose node is meant; or `node-name`.
+    device: Option<String>,
+    /// The node.
+    node_name: Option<String>,
+    /// New size in bytes.
+    #[schemars(extend("format" = "size"))]
+    size: i64,
+}
+
+/// `query-named-block-nodes`
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct QueryNamedBlockNodes {
+    /// Leave out the images behind each node. Default: false.
+    flat: Option<bool>,
+}
+
+/// `query-blockstats`
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct QueryBlockstats {
+    /// All nodes instead of the exports. Default: false.
+    query_nodes: Option<bool>,
+}
+
+/// The export that an entry of `query-blockstats` tells of.
+fn export_of(stats: &BlockStats) -> Option<String> {
+    crate::export::id_in_description(stats.qdev.as_deref()?).map(str::to_owned)
+}
+
+pub fn register(commands: &mut Commands<State>, registry: &Registry) {
+    let schema = commands.schema();
+    let base = schema.object_from::<CommonOptions>();
+    let variants = registry
+        .iter()
+        .map(|d| {
+            let name = format!("BlockdevOptions-{}", d.name);
+            (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())
+        })
+        .collect();
+    let options = schema.union("BlockdevOptions", "A node and its options.", "driver", base, variants);
+    let nothing = schema.empty();
+    commands.register_value(
+        "blockdev-add",
+        "Creates a node, and the nodes defined inside its options. Without `node-name` inside another node it gets a \
+         generated one; at the top level the name is needed.",
+        options,
+        nothing,
+        |daemon: State, options| async move {
+            daemon.ready_graph_if_any();
+            daemon.graph.blockdev_add(options).await.map_err(block)?;
+            Ok(serde_json::Value::Null)
+        },
+    );
+    commands.register(
+        "blockdev-del",
+        "Removes a node that was added with `blockdev-add` and that nobody uses.",
+        |daemon: State, a: BlockdevDel| async move {
+            daemon.ready_graph()?;
+            daemon.graph.blockdev_del(&a.node_name).await.map_err(block)
+        },
+    );
+    commands.register(
+        "block_resize",
+        "Changes the size of a node while it is in use; guests hear of it.",
+        |daemon: State, a: BlockResize| async move {
+            let node = match (a.device, a.node_name) {
+                (None, Some(n)) => n,
+                (Some(d), None) => match daemon.exports.borrow().get(&d) {
+                    Some(export) => export.info().node_name,
+                    None => {
+                        return Err(QmpError::new(
+                            qmp::ErrorClass::DeviceNotFound,
+                            format!("Cannot find device='{d}' nor node-name=''"),
+                        ));
+                    }
+                },
+                _ => return Err(QmpError::generic("Need exactly one of 'device' and 'node-name'")),
+            };
+            let size = u64::try_from(a.size)
+                .map_err(|_| QmpError::generic("Parameter 'size' expects a >0 size"))?;
+            daemon.ready_graph()?;
+            daemon.graph.block_resize(&node, size).await.map_err(block)
+        },
+    );
+    commands
+        .register(
+            "query-named-block-nodes",
+            "Tells of all nodes.",
+            |daemon: State, a: QueryNamedBlockNodes| async move {
+                let nodes: Vec<BlockDeviceInfo> = daemon.graph.query_named_block_nodes(a.flat.unwrap_or(false));
+                Ok(nodes)
+            },
+        )
+        .concurrent();
+    commands
+        .register(
+            "query-blockstats",
+            "Tells what has been read and written: of each export, or of each node.",
+            |daemon: State, a: QueryBlockstats| async move {
+                let mut stats: Vec<BlockStats> = daemon.graph.query_blockstats(a.query_nodes.unwrap_or(false));
+                for (s, id) in stats.iter_mut().filter_map(|s| Some((export_of(s)?, s))).map(|(id, s)| (s, id)) {
+                    s.device = Some(id.clone());
+                    s.qdev = Some(id);
+                }
+                Ok(stats)
+            },
+        )
+        .concurrent();
+    commands
+        .register_query(
+            "x-debug-query-block-graph",
+            "Tells of all nodes and edges, with the permissions on them. For tests and for people.",
+            |daemon: State| async move {
+                let graph: XDbgBlockGraph = daemon.graph.query_block_graph();
+                Ok(graph)
+            },
+        )
+        .concurrent();
+}

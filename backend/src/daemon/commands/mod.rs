@@ -1,0 +1,31 @@
+//! The commands of the control channel, by family. Each is a few lines between its argument struct and the subject that
+//! does the work. The command line applies its options through the same table.
+
+mod block;
+mod export;
+mod object;
+
+use std::rc::Rc;
+
+use qmp::{CommandTable, Commands, Version};
+
+use super::Daemon;
+
+/// What every command works on.
+pub type State = Rc<Daemon>;
+
+/// All commands, for these drivers.
+pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
+    let mut commands = Commands::new(Version::default(), |daemon: &State| daemon.request_quit());
+    block::register(&mut commands, registry);
+    export::register(&mut commands);
+    object::register(&mut commands);
+    let table = commands.finish();
+    for problem in table.schema().problems() {
+        log::error!("schema: {problem}");
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,274 @@
+//! The main thread: everything the process owns, the commands that change it, and the loop that runs both.
+//!
+//! `Daemon` is the context of every QMP command and of the command line's steps. One thread, so `Rc` and `RefCell`;
+//! a borrow is never held across waiting.
+
+pub mod commands;
+pub mod errors;
+pub mod help;
+pub mod objects;
+pub mod service;
+pub mod start;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use graph::{Graph, Registry};
+use host::exec::{MainExecutor, MainRemote};
+use host::{IoThread, IoThreadOptions};
+use qmp::QmpError;
+use qmp::event::{BlockErrorAction, BlockExportDeleted, BlockIoError, IoOperationType};
+
+use crate::blk::device::{ErrorSink, IoErrorReport};
+use crate::export::options::{ExportOptions, RemoveMode};
+use crate::export::{Export, Exports, Host};
+use crate::process::listen_fds::PassedFds;
+use objects::Objects;
+
+/// The iothread that serves what names none. Not an object: it cannot be removed, and ids of objects start with a letter.
+pub const OWN_IOTHREAD: &str = "#main";
+
+thread_local! {
+    /// For closures that other threads send to the main thread: they cannot carry an `Rc`.
+    static CURRENT: RefCell<std::rc::Weak<Daemon>> = const { RefCell::new(std::rc::Weak::new()) };
+}
+
+/// The process's one `Daemon`, on the main thread.
+fn current() -> Option<Rc<Daemon>> {
+    CURRENT.with_borrow(std::rc::Weak::upgrade)
+}
+
+/// Everything the process owns. Commands get it as an `Rc`.
+pub struct Daemon {
+    /// Runs commands and whatever else waits on the main thread.
+    pub executor: MainExecutor,
+    /// The block graph.
+    pub graph: Graph,
+    /// User-creatable objects.
+    pub objects: RefCell<Objects>,
+    /// Running exports.
+    pub exports: RefCell<Exports>,
+    /// Events for control clients.
+    pub events: qmp::Events,
+    /// Descriptors that were inherited.
+    pub passed: RefCell<PassedFds>,
+    /// Set when the process should end.
+    quit: Cell<bool>,
+    own: RefCell<Option<IoThread>>,
+    me: std::rc::Weak<Daemon>,
+}
+
+impl Daemon {
+    /// An empty process: no node, no export, no object.
+    ///
+    /// # Errors
+    /// No descriptors for the executor.
+    pub fn new(registry: Registry, passed: PassedFds, events: qmp::Events) -> std::io::Result<Rc<Daemon>> {
+        let executor = MainExecutor::new()?;
+        let daemon = Rc::new_cyclic(|me| Daemon {
+            executor,
+            graph: Graph::new(registry, None),
+            objects: RefCell::default(),
+            exports: RefCell::default(),
+            events,
+            passed: RefCell::new(passed),
+            quit: Cell::new(false),
+            own: RefCell::new(None),
+            me: me.clone(),
+        });
+        CURRENT.set(daemon.me.clone());
+        Ok(daemon)
+    }
+
+    /// Asks the loop to end.
+    pub fn request_quit(&self) {
+        self.quit.set(true);
+    }
+
+    /// Whether somebody asked.
+    pub fn quitting(&self) -> bool {
+        self.quit.get()
+    }
+
+    /// The process's own iothread, started when first needed.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn own_iothread(&self) -> Result<IoThread, QmpError> {
+        if let Some(t) = &*self.own.borrow() {
+            return Ok(t.clone());
+        }
+        let t = IoThread::start(IoThreadOptions { name: OWN_IOTHREAD.to_owned(), ..IoThreadOptions::default() })
+            .map_err(|e| QmpError::generic(format!("the process's own iothread cannot be started: {e}")))?;
+        *self.own.borrow_mut() = Some(t.clone());
+        Ok(t)
+    }
+
+    /// Sees to it that the graph has a thread for what nodes do outside of requests (resize, close).
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn ready_graph(&self) -> Result<(), QmpError> {
+        let first = self.objects.borrow().iothreads().next().cloned();
+        let thread = match first {
+            Some(t) => t,
+            None => self.own_iothread()?,
+        };
+        self.graph.set_iothread(Some(thread));
+        Ok(())
+    }
+
+    /// Removes an object.
+    ///
+    /// # Errors
+    /// No such object, or an export's queues run on it.
+    pub async fn object_del(&self, id: &str) -> Result<(), QmpError> {
+        if let Some(export) = self.exports.borrow().values().find(|e| e.uses_iothread(id)) {
+            return Err(QmpError::generic(format!(
+                "object '{id}' is in use, can not be deleted: export '{}' runs on it",
+                export.id()
+            )));
+        }
+        let thread = self.objects.borrow_mut().remove(id)?;
+        // The graph must not be left with a thread that ends.
+        self.graph.set_iothread(None);
+        self.ready_graph_if_any();
+        host::pool::run(move || thread.stop()).await;
+        Ok(())
+    }
+
+    fn ready_graph_if_any(&self) {
+        let first = self.objects.borrow().iothreads().next().cloned().or_else(|| self.own.borrow().clone());
+        self.graph.set_iothread(first);
+    }
+
+    /// All iothreads: objects by id, then the process's own.
+    pub fn iothreads(&self) -> Vec<IoThread> {
+        self.objects.borrow().iothreads().cloned().chain(self.own.borrow().clone()).collect()
+    }
+
+    /// Makes an export and lets its front ends in.
+    ///
+    /// # Errors
+    /// See [`Export::add`]; also an id that is taken.
+    pub async fn export_add(&self, options: ExportOptions) -> Result<(), QmpError> {
+        let ExportOptions::VhostUserBlk(o) = &options;
+        let id = o.id.clone();
+        if self.exports.borrow().contains_key(&id) {
+            return Err(QmpError::generic(format!("Block export id '{id}' is already in use")));
+        }
+        let inherited = |name: &str| self.passed.borrow_mut().take_socket(name).map_err(|e| e.to_string());
+        let export = Export::add(self, options, &inherited).await?;
+        self.exports.borrow_mut().insert(id, export.clone());
+        // One that came with an inherited connection has its front end already.
+        self.accept(&export);
+        Ok(())
+    }
+
+    /// Lets the next front end of an export in, if one waits and none is connected.
+    pub fn accept(&self, export: &Rc<Export>) {
+        let id = export.id().to_owned();
+        export.accept(&self.executor.remote(), move || {
+            if let Some(daemon) = current() {
+                daemon.connection_ended(&id);
+            }
+        });
+    }
+
+    fn connection_ended(&self, id: &str) {
+        let export = self.exports.borrow().get(id).cloned();
+        if let Some(export) = export {
+            export.connection_ended();
+            self.accept(&export);
+        }
+    }
+
+    /// Removes an export; BLOCK_EXPORT_DELETED says when it is gone.
+    ///
+    /// # Errors
+    /// No such export, or it is in use and the mode is `safe`.
+    pub async fn export_del(&self, id: &str, mode: RemoveMode) -> Result<(), QmpError> {
+        let export = self.exports.borrow().get(id).cloned();
+        let export = export.ok_or_else(|| QmpError::generic(format!("Export '{id}' is not found")))?;
+        export.check_remove(mode)?;
+        export.stop_accepting();
+        let Some(me) = self.me.upgrade() else { return Ok(()) };
+        self.executor.spawn_local(async move { me.close_export(&export).await });
+        Ok(())
+    }
+
+    async fn close_export(&self, export: &Rc<Export>) {
+        export.close().await;
+        if self.exports.borrow_mut().remove(export.id()).is_some() {
+            self.events.emit(&BlockExportDeleted { id: export.id().to_owned() });
+        }
+    }
+
+    /// Ends everything in order: exports (what is in flight completes), nodes (flushed), threads.
+    pub async fn shutdown(&self) {
+        let exports: Vec<_> = self.exports.borrow().values().cloned().collect();
+        exports.iter().for_each(|e| e.stop_accepting());
+        for export in exports {
+            self.close_export(&export).await;
+        }
+        // Closing flushes.
+        if let Err(e) = self.ready_graph() {
+            log::error!("nodes cannot be closed in order: {}", e.desc);
+        }
+        self.graph.close_all().await;
+    }
+
+    /// After the loop has ended: the iothreads are joined.
+    pub fn stop_threads(&self) {
+        self.objects.borrow_mut().take_all().into_iter().for_each(IoThread::stop);
+        if let Some(t) = self.own.borrow_mut().take() {
+            t.stop();
+        }
+    }
+}
+
+impl Host for Daemon {
+    fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    fn iothread(&self, id: Option<&str>) -> Result<IoThread, QmpError> {
+        match id {
+            None => self.own_iothread(),
+            Some(id) => self
+                .objects
+                .borrow()
+                .iothread(id)
+                .cloned()
+                .ok_or_else(|| QmpError::generic(format!("iothread \"{id}\" object does not exist"))),
+        }
+    }
+
+    fn error_sink(&self, export: &str) -> ErrorSink {
+        let remote: MainRemote = self.executor.remote();
+        let id = export.to_owned();
+        Box::new(move |report: IoErrorReport| {
+            let id = id.clone();
+            remote.post(move || {
+                if let Some(daemon) = current() {
+                    daemon.io_error(&id, report);
+                }
+            });
+        })
+    }
+}
+
+impl Daemon {
+    fn io_error(&self, id: &str, report: IoErrorReport) {
+        let node = self.exports.borrow().get(id).map(|e| e.info().node_name);
+        self.events.emit(&BlockIoError {
+            qom_path: id.to_owned(),
+            device: id.to_owned(),
+            node_name: node,
+            operation: if report.read { IoOperationType::Read } else { IoOperationType::Write },
+            action: BlockErrorAction::Report,
+            nospace: Some(report.nospace),
+            reason: report.reason,
+        });
+    }
+}
