@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, sendmsg,
+    socket_with,
 };
 
 use crate::error::{Error, Result};
@@ -75,7 +76,7 @@ impl Connection {
     pub fn connect(path: &Path, limit: Duration) -> Result<Self> {
         let deadline = Instant::now() + limit;
         loop {
-            match UnixStream::connect(path) {
+            match try_connect(path) {
                 Ok(stream) => return Ok(Self::new(stream)),
                 Err(error)
                     if matches!(
@@ -91,6 +92,7 @@ impl Connection {
                             limit,
                         });
                     }
+                    // Nobody listens yet, or the backlog is full (WouldBlock): both pass by themselves.
                     // Short, because time to the first reply is measured through this loop.
                     std::thread::sleep(Duration::from_micros(20));
                 }
@@ -249,6 +251,16 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+/// Connects without waiting for room in the backlog, which a plain connect would do without limit.
+fn try_connect(path: &Path) -> std::io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// Waits for `events` on `fd`; false when `deadline` passed first.

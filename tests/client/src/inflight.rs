@@ -94,3 +94,6 @@ impl Inflight {
         Ok(RingState { version, desc_num, last_batch_head, used_idx, inflight })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,6 +91,8 @@ pub struct Guest {
     pub features: u64,
     /// Protocol features negotiated last.
     pub protocol: u64,
+    /// Configuration space as the VMM keeps it for the guest.
+    pub config: blk::Config,
 }
 
 impl Guest {
@@ -103,7 +105,7 @@ impl Guest {
         let queues = (0..setup.queues)
             .map(|index| Queue::new(&mut memory, index, setup.queue_size))
             .collect::<Result<_>>()?;
-        Ok(Self { memory, queues, inflight: None, features: 0, protocol: 0 })
+        Ok(Self { memory, queues, ..Self::default() })
     }
 }
 
@@ -159,7 +161,7 @@ impl Session {
     pub fn establish(connection: Connection, guest: Guest, setup: &Setup, bases: &[Base]) -> Result<Self> {
         let mut frontend = Frontend::new(connection);
         frontend.connection_mut().set_limit(setup.limit);
-        let config = blk::Config::default();
+        let config = guest.config.clone();
         let mut session =
             Self { frontend, guest, channel: None, config, setup: setup.clone(), sent: Vec::new() };
         session.negotiate()?;
@@ -172,24 +174,28 @@ impl Session {
         let front = &mut self.frontend;
         let order = self.setup.order;
         let again = self.guest.features != 0;
+        // A running driver keeps its features: a bit the new backend lacks is lost, a new one is not taken up.
+        let wanted = if again { self.guest.features } else { self.setup.features };
         if order == Order::CloudHypervisor {
             front.set_owner()?;
         }
         if order == Order::CloudHypervisor && again {
             front.set_protocol_features(self.guest.protocol)?;
-            front.get_features()?;
-        } else {
-            let offered = front.get_features()?;
-            if offered & feature::VHOST_USER_PROTOCOL_FEATURES == 0 {
-                return Err(Error::Protocol(format!("features {offered:#x} lack PROTOCOL_FEATURES")));
+            self.guest.features = front.get_features()? & wanted;
+            if self.guest.protocol & protocol::BACKEND_REQ != 0 {
+                self.channel = Some(front.open_channel()?);
             }
-            let accepted = front.get_protocol_features()? & self.setup.protocol;
-            if accepted & protocol::CONFIG == 0 {
-                return Err(Error::Protocol("the backend does not offer CONFIG".into()));
-            }
-            front.set_protocol_features(accepted)?;
+            return Ok(());
         }
-        let accepted = front.protocol_acked;
+        let offered = front.get_features()?;
+        if offered & feature::VHOST_USER_PROTOCOL_FEATURES == 0 {
+            return Err(Error::Protocol(format!("features {offered:#x} lack PROTOCOL_FEATURES")));
+        }
+        let accepted = front.get_protocol_features()? & self.setup.protocol;
+        if accepted & protocol::CONFIG == 0 {
+            return Err(Error::Protocol("the backend does not offer CONFIG".into()));
+        }
+        front.set_protocol_features(accepted)?;
         if accepted & protocol::MQ != 0 {
             let available = front.get_queue_num()?;
             if available < self.guest.queues.len() as u64 {
@@ -219,7 +225,8 @@ impl Session {
         }
         let flags = u32::from(order == Order::CloudHypervisor);
         self.config = blk::Config::parse(&front.get_config(0, self.setup.config_size, flags)?);
-        self.guest.features = front.offered & self.setup.features;
+        self.guest.config = self.config.clone();
+        self.guest.features = front.offered & wanted;
         self.guest.protocol = accepted;
         Ok(())
     }
@@ -351,6 +358,7 @@ impl Session {
     pub fn refresh_config(&mut self) -> Result<&blk::Config> {
         let bytes = self.frontend.get_config(0, self.setup.config_size, 0)?;
         self.config = blk::Config::parse(&bytes);
+        self.guest.config = self.config.clone();
         Ok(&self.config)
     }
 
