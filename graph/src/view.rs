@@ -268,6 +268,14 @@ impl View {
         Resolved { target: Target::Drive, path }
     }
 
+    /// Remembers a flush that failed on the fast path at the end of `path`: every further flush through that node fails.
+    pub fn note_flush_error(&self, path: &Path, errno: Errno) {
+        let last = path.nodes().last().and_then(|i| self.nodes.get(usize::from(*i)));
+        if let Some(node) = last {
+            node.node.note_flush_error(errno);
+        }
+    }
+
     /// The root for the asynchronous path on the calling iothread, with statistics shards of its own. A source makes one
     /// per view and clones it for its requests.
     pub fn io(self: &Arc<Self>, local: &Local) -> NodeIo {

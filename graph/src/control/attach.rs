@@ -63,7 +63,8 @@ impl Graph {
         below.retain(|id| {
             let Ok(slot) = state.slot(*id) else { return false };
             let align = slot.node.driver().limits().sane().request_alignment;
-            granularity % align != 0 && !state.may_misalign(*id)
+            let notices = granularity % align != 0 || (align > 1 && state.shifted(*id, 1));
+            notices && !state.may_misalign(*id)
         });
         below
     }

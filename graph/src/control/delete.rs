@@ -96,15 +96,9 @@ impl Graph {
     /// Closes nodes that lost their last user in a way that could not wait (a dropped guard, an abandoned open).
     pub async fn reap(&self) {
         let orphans: Vec<NodeId> = {
+            // An invisible node on its way to its parent is never seen here: both happen without a wait in between.
             let state = self.state();
-            // Invisible nodes without users may be on their way to their parent; these hold a reservation.
-            let all = state.nodes.keys().copied();
-            if state.reserved.is_empty() {
-                all.filter(|id| is_orphan(&state, *id)).collect()
-            } else {
-                all.filter(|id| is_orphan(&state, *id) && state.nodes.get(id).is_some_and(|s| s.visible))
-                    .collect()
-            }
+            state.nodes.keys().copied().filter(|id| is_orphan(&state, *id)).collect()
         };
         self.close_orphans(orphans).await;
     }

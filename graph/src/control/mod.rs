@@ -28,6 +28,7 @@ use crate::error::{BlockError, Errno, Result};
 use crate::ids::{EdgeId, NodeId};
 use crate::node::Node;
 use crate::perm::PermPair;
+use crate::role::Roles;
 use crate::view::{View, ViewNode};
 
 pub use attach::Root;
@@ -173,7 +174,31 @@ impl State {
         let Some(slot) = self.nodes.get(&id) else { return false };
         let align = slot.node.driver().limits().sane().request_alignment;
         let granularity = self.granularity(id);
-        align > 1 && granularity != u32::MAX && granularity % align != 0
+        align > 1 && granularity != u32::MAX && (granularity % align != 0 || self.shifted(id, 2))
+    }
+
+    /// Whether some node above (or this one) has at least `users` users, one of which may show its data at another
+    /// offset (raw with an offset): what is aligned up there need not be aligned here.
+    fn shifted(&self, id: NodeId, users: usize) -> bool {
+        let shifts = |e: &Edge| e.roles & (Roles::DATA | Roles::METADATA) == Roles::DATA;
+        self.above(id).into_iter().any(|n| self.users(n).count() >= users && self.users(n).any(shifts))
+    }
+
+    /// A node and all nodes above it.
+    pub(crate) fn above(&self, id: NodeId) -> Vec<NodeId> {
+        let mut above = vec![id];
+        let mut at = 0;
+        while let Some(id) = above.get(at).copied() {
+            for edge in self.users(id) {
+                if let Parent::Node(parent) = edge.parent
+                    && !above.contains(&parent)
+                {
+                    above.push(parent);
+                }
+            }
+            at += 1;
+        }
+        above
     }
 
     /// The snapshot below a node.
@@ -320,6 +345,6 @@ pub(crate) fn no_such_node(name: &str) -> BlockError {
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use super::{Graph, State, no_such_node};
 use crate::drain::NoSource;
 use crate::driver::Truncate;
-use crate::edge::{Parent, RootOptions};
+use crate::edge::RootOptions;
 use crate::error::{BlockError, Errno, Result};
 use crate::ids::NodeId;
 use crate::perm::Perm;
@@ -61,18 +61,7 @@ impl Graph {
 
 /// Tells every parent above these nodes about its child, each after all its children above them have been told.
 pub(super) fn tell_parents(state: &State, changed: &[NodeId]) {
-    let mut above: Vec<NodeId> = changed.to_vec();
-    let mut at = 0;
-    while let Some(id) = above.get(at).copied() {
-        for edge in state.users(id) {
-            if let Parent::Node(parent) = edge.parent
-                && !above.contains(&parent)
-            {
-                above.push(parent);
-            }
-        }
-        at += 1;
-    }
+    let above: Vec<NodeId> = changed.iter().flat_map(|id| state.above(*id)).collect();
     let mut order = state.topological(&above);
     order.retain(|id| above.contains(id));
     for id in order.into_iter().rev() {

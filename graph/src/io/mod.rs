@@ -171,3 +171,6 @@ impl NodeIo {
         self.accounted(Op::Flush, 0, self.flush_unaccounted()).await
     }
 }
+
+#[cfg(test)]
+mod tests;

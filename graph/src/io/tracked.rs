@@ -116,7 +116,8 @@ impl Tracker {
         waiters.into_iter().for_each(Waker::wake);
     }
 
-    /// Whether nothing is tracked; for assertions in drained sections.
+    /// Whether nothing is tracked.
+    #[cfg(test)]
     pub fn is_idle(&self) -> bool {
         self.counted.load(SeqCst) == 0 && self.list().entries.is_empty()
     }
