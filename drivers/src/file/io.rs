@@ -124,12 +124,23 @@ impl FileNode {
     }
 
     async fn give_up(&self, io: &NodeIo, offset: u64, len: u64) -> Result<()> {
-        let mode = match self.current().kind() {
-            FileKind::Regular => FallocMode::PunchHole,
-            FileKind::BlockDevice => FallocMode::Discard,
+        let file = self.writable()?;
+        let (mode, offset, len) = match file.kind() {
+            FileKind::Regular => (FallocMode::PunchHole, offset, len),
+            FileKind::BlockDevice => {
+                let block = u64::from(file.block_sizes().0.max(1));
+                let start = offset.next_multiple_of(block);
+                let end = offset + len;
+                let end = end - end % block;
+                if start >= end {
+                    // Less than a block: there is nothing a device could give up.
+                    return Ok(());
+                }
+                (FallocMode::Discard, start, end - start)
+            }
             FileKind::CharDevice => return Err(Errno::ENOTSUP.into()),
         };
-        let result = io.local().fallocate(self.writable()?, mode, offset, len).await;
+        let result = io.local().fallocate(file, mode, offset, len).await;
         let counters = &self.counters;
         match result {
             Ok(()) => {
