@@ -124,6 +124,7 @@ struct Inner {
     ready: Rc<ReadyQueue>,
     tasks: RefCell<Slab>,
     live: Cell<usize>,
+    panics: Cell<usize>,
     remote: Arc<dyn RemoteWake>,
 }
 
@@ -160,6 +161,7 @@ impl Executor {
                 ready,
                 tasks: RefCell::new(Slab { slots: Vec::new(), free: Vec::new() }),
                 live: Cell::new(0),
+                panics: Cell::new(0),
                 remote,
             }),
         }
@@ -247,6 +249,7 @@ impl Executor {
             Ok(Poll::Ready(())) => true,
             Err(p) => {
                 log::error!("a task panicked and is dropped: {}", panic_text(p.as_ref()));
+                self.inner.panics.set(self.inner.panics.get() + 1);
                 true
             }
         };
@@ -285,6 +288,11 @@ impl Executor {
     /// Number of tasks that have not ended.
     pub fn live(&self) -> usize {
         self.inner.live.get()
+    }
+
+    /// Tasks that ended by a panic.
+    pub fn panics(&self) -> usize {
+        self.inner.panics.get()
     }
 
     /// Drops every task. Tasks that their destructors spawn are dropped as well.

@@ -38,6 +38,11 @@ pub(crate) struct Inner {
     blocking: Cell<usize>,
     id: usize,
     is_virtual: bool,
+    /// Nothing is tried inline.
+    ring_only: Cell<bool>,
+    /// Operations started in this turn, and in the last one that started any.
+    turn_ops: Cell<u32>,
+    last_ops: Cell<u32>,
     /// Held as long as the ring may look at it.
     bell: RefCell<Option<Arc<OwnedFd>>>,
 }
@@ -77,6 +82,9 @@ impl Local {
             blocking: Cell::new(0),
             id,
             is_virtual,
+            ring_only: Cell::new(is_virtual),
+            turn_ops: Cell::new(0),
+            last_ops: Cell::new(0),
             bell: RefCell::new(None),
         }))
     }
@@ -154,6 +162,16 @@ impl Local {
         }
     }
 
+    pub(crate) fn is_virtual(&self) -> bool {
+        self.0.is_virtual
+    }
+
+    /// For measurements: with `false`, nothing is done inline on this thread any more.
+    #[doc(hidden)]
+    pub fn set_inline(&self, on: bool) {
+        self.0.ring_only.set(!on || self.0.is_virtual);
+    }
+
     /// True if no operation and no awaited pool call is under way.
     pub(crate) fn is_quiet(&self) -> bool {
         self.0.ops.borrow().pending() == 0
@@ -167,7 +185,7 @@ impl Local {
     /// `op`'s memory stays valid and in place until the completion, and so does `f`.
     #[inline]
     pub(crate) unsafe fn start(&self, f: &Arc<File>, op: Op, token: Token) {
-        self.0.counters.ops.add(1);
+        self.note_op();
         // SAFETY: the caller's contract.
         let taken = unsafe { self.0.reactor.borrow_mut().submit(f, op, token) };
         if !taken {
@@ -205,15 +223,15 @@ impl Local {
                 files.get_mut(f.id() as usize)?
             }
         };
-        if self.0.is_virtual || f.engine() == crate::Engine::Threads {
+        if self.0.ring_only.get() || f.engine() == crate::Engine::Threads {
             return None;
         }
-        let how = state.plan(f, op)?;
+        let how = state.plan(f, op, self.0.turn_ops.get().max(self.0.last_ops.get()))?;
         // SAFETY: the caller's contract; `f` is open.
         match unsafe { reactor::inline(f.raw_fd(), op, how) } {
             Some(r) => {
                 state.hit();
-                self.0.counters.ops.add(1);
+                self.note_op();
                 self.0.counters.inline_ops.add(1);
                 Some(r)
             }
@@ -222,6 +240,23 @@ impl Local {
                 None
             }
         }
+    }
+
+    #[inline]
+    fn note_op(&self) {
+        self.0.turn_ops.set(self.0.turn_ops.get().saturating_add(1));
+    }
+
+    /// A turn begins: what the last one started says how full the next will be.
+    #[inline]
+    pub(crate) fn begin_turn(&self) -> u64 {
+        let n = self.0.turn_ops.replace(0);
+        if n > 0 {
+            // Turns that start nothing (only completions arrived) say nothing.
+            self.0.last_ops.set(n);
+            self.0.counters.ops.add(u64::from(n));
+        }
+        self.refresh_clock()
     }
 
     /// First use of a file on this thread.

@@ -31,7 +31,7 @@ pub use source::{FastOp, Source, SourceId};
 pub use stats::IoThreadStats;
 pub use transfer::FallocMode;
 
-pub(crate) use run::Driver;
+pub(crate) use run::{Driver, Ended};
 pub(crate) use stats::Counters;
 
 #[cfg(test)]

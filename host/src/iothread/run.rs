@@ -92,7 +92,7 @@ impl Driver {
     fn turn(&mut self) -> bool {
         let local = self.local.clone();
         let inner = local.inner();
-        let now = local.refresh_clock();
+        let now = local.begin_turn();
         let mut progress = false;
         if inner.inbox.has_mail() || !self.mail.is_empty() {
             progress = true;
@@ -118,11 +118,18 @@ impl Driver {
             // Taken from the end, one by one: what a panic leaves behind is read in the next turn.
             self.mail.reverse();
         }
+        let mut completions = 0;
         while let Some(m) = self.mail.pop() {
             match m {
                 Message::Run(f) => f(&self.local),
                 Message::Wake(t) => self.local.inner().exec.wake(&t),
-                Message::Done(token, res) => self.dispatch(token, res),
+                Message::Done(token, res) => {
+                    self.dispatch(token, res);
+                    completions += 1;
+                    if completions % BATCH == 0 {
+                        self.end_batches();
+                    }
+                }
                 Message::Forget(fd) => self.local.forget_file(&fd),
                 Message::Stop => self.stopping = true,
             }

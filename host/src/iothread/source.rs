@@ -14,7 +14,8 @@ pub(crate) const BATCH: usize = 32;
 /// A stream of requests that lives on one iothread. All calls come from that thread's loop.
 ///
 /// A source is *armed* when its notifications are on, which it is while the thread sleeps; the loop disarms it when it has
-/// work and then calls `poll` on every turn.
+/// work and then calls `poll` on every turn. A source that held work back until one of its fast operations ends is polled
+/// after that; one that waits for anything else calls [`Local::kick`] when the time has come.
 pub trait Source {
     /// Takes new work and starts it; true if there was any.
     fn poll(&self) -> bool;
@@ -203,6 +204,8 @@ impl Local {
                 e.closing = false;
                 (e.source.take(), true)
             } else {
+                // It may have held work back for want of a slot: look again, also if it is armed.
+                e.kicked = true;
                 (e.source.clone(), false)
             }
         };

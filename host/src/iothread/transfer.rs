@@ -219,7 +219,7 @@ impl Local {
         }
         keep._file = Some(Arc::clone(f));
         let token = self.inner().ops.borrow_mut().insert(keep);
-        if on_worker {
+        if on_worker && !self.is_virtual() {
             // SAFETY: the slab keeps the memory and the file until the completion.
             unsafe { self.ship(f, op, token) };
         } else {

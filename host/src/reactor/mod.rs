@@ -13,7 +13,7 @@ mod perform;
 mod threads;
 mod uring;
 
-pub(crate) use perform::{Attempt, Op, Shipped, inline};
+pub(crate) use perform::{Attempt, Op, Shipped, inline, perform};
 pub(crate) use threads::Threads;
 pub(crate) use uring::Uring;
 
