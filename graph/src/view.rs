@@ -304,3 +304,7 @@ fn gated(node: &ViewNode, op: Op) -> Target<'static> {
         Target::Drive
     }
 }
+
+#[cfg(test)]
+#[path = "view_tests.rs"]
+mod tests;

@@ -63,7 +63,7 @@ impl Graph {
         below.retain(|id| {
             let Ok(slot) = state.slot(*id) else { return false };
             let align = slot.node.driver().limits().sane().request_alignment;
-            let notices = granularity % align != 0 || (align > 1 && state.shifted(*id, 1));
+            let notices = !granularity.is_multiple_of(align) || (align > 1 && state.shifted(*id, 1));
             notices && !state.may_misalign(*id)
         });
         below

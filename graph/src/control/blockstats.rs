@@ -207,11 +207,11 @@ impl State {
                 Some(stats)
             })
         };
+        let cow =
+            |id: NodeId| self.children(id).find(|(_, e)| e.roles.contains(Roles::COW)).map(|(_, e)| e.child);
         let mut ids = vec![id];
-        while chain {
-            let next = ids.last().and_then(|l| self.children(*l).find(|(_, e)| e.roles.contains(Roles::COW)));
-            let Some((_, edge)) = next else { break };
-            ids.push(edge.child);
+        while let (true, Some(next)) = (chain, ids.last().and_then(|l| cow(*l))) {
+            ids.push(next);
         }
         ids.into_iter().rev().fold(None, |below: Option<BlockStats>, id| {
             let mut stats = with_parents(id)?;

@@ -174,7 +174,7 @@ impl State {
         let Some(slot) = self.nodes.get(&id) else { return false };
         let align = slot.node.driver().limits().sane().request_alignment;
         let granularity = self.granularity(id);
-        align > 1 && granularity != u32::MAX && (granularity % align != 0 || self.shifted(id, 2))
+        align > 1 && granularity != u32::MAX && (!granularity.is_multiple_of(align) || self.shifted(id, 2))
     }
 
     /// Whether some node above (or this one) has at least `users` users, one of which may show its data at another

@@ -344,7 +344,7 @@ impl Graph {
     {
         let view = self.state().view(node)?;
         let iothread = self.iothread()?;
-        let call = iothread.call(move |local| work(view.io(&local).as_parent()));
+        let call = iothread.call(move |local| work(view.io(&local).into_parent()));
         call.await.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))?
     }
 }

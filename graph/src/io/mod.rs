@@ -21,8 +21,8 @@ use crate::node::Node;
 use crate::stats::ShardSet;
 use crate::view::{View, ViewNode};
 
-/// Largest buffer the graph allocates for one piece of one request, bytes; longer requests are done in pieces.
-pub(crate) const MAX_BOUNCE: u64 = 1 << 20;
+/// Largest buffer the graph allocates for one piece of one request, bytes; longer requests are done in pieces. Small in unit tests, so that they meet the seams.
+pub(crate) const MAX_BOUNCE: u64 = if cfg!(test) { 8192 } else { 1 << 20 };
 
 /// No such child.
 const NOWHERE: usize = usize::MAX;
@@ -50,7 +50,7 @@ impl NodeIo {
     }
 
     /// The root node as its parent would use it.
-    pub(crate) fn as_parent(mut self) -> NodeIo {
+    pub(crate) fn into_parent(mut self) -> NodeIo {
         self.bounded = false;
         self
     }

@@ -37,7 +37,7 @@ impl NodeIo {
             return Ok(());
         }
         let align = u64::from(node.limits().request_alignment);
-        if offset % align == 0 && inside % align == 0 {
+        if offset.is_multiple_of(align) && inside.is_multiple_of(align) {
             if inside == len {
                 return self.read_aligned(node, offset, bufs).await;
             }

@@ -173,7 +173,7 @@ fn users_end_where_the_node_ends_and_parents_see_zeroes_beyond() {
         errors.push(io.write_zeroes(u64::MAX, 2, ZeroFlags::empty()).await.unwrap_err().errno());
         errors.push(io.discard(1, size).await.unwrap_err().errno());
         errors.push(io.child(0).read(0, &buf).await.unwrap_err().errno());
-        let parent = io.clone().as_parent();
+        let parent = io.clone().into_parent();
         io.write(size - 256, &buf.slice(0, 256), WriteFlags::empty()).await.unwrap();
         parent.read(size - 256, &buf).await.unwrap();
         assert!(buf.slice(256, 256).is_zero() && !buf.slice(0, 256).is_zero());
