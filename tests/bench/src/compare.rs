@@ -12,7 +12,7 @@ use rustix::fs::{Advice, fadvise};
 use tempfile::TempDir;
 
 use crate::drive::{self, Load, Mode};
-use crate::peers::{Choice, Export, Image, Kind, Peer};
+use crate::peers::{self, Choice, Export, Image, Kind, Peer};
 use crate::report::{Contestant, Results, Sample};
 use crate::workload::{self, Backing, Workload};
 use crate::{Result, fio, host, say};
@@ -249,10 +249,8 @@ fn run(
         Some(path) => Image::File { path: path.to_owned(), direct: workload.backing == Backing::Direct },
     };
     let socket = files.tmpfs.path().join("vhost.sock");
-    // What a killed backend leaves behind would answer connects with a refusal until the next one binds.
-    let _ = std::fs::remove_file(&socket);
     let export = Export { image, queues, iothreads: queues, poll_ns: workload.poll_ns };
-    let mut daemon = peer.start(&export, &socket, cpus)?;
+    let (mut daemon, connection) = peer.connect(&export, &socket, cpus)?;
     let load = Load {
         queues,
         depth: workload.depth,
@@ -265,7 +263,6 @@ fn run(
         indirect: false,
         no_event_idx: false,
     };
-    let connection = daemon.connect(&socket)?;
     let outcome = drive::run(connection, &load, Some(daemon.pid()))
         .and_then(|outcome| drive::check(&outcome).map(|()| outcome))
         // A backend that died explains itself on stderr, not on the socket.
@@ -273,13 +270,17 @@ fn run(
             Ok(()) => error,
             Err(end) => format!("{error}; {end}").into(),
         })?;
+    peers::end(daemon)?;
     let [p50, _, p99, ..] = outcome.latency_ns;
     Ok(Sample {
         iops: outcome.iops(),
         p50: Some(p50),
         p99: Some(p99),
         cpu_ns: outcome.cpu_per_request().unwrap_or_default(),
-        undisturbed: Some(f64::from(workload.depth) * f64::from(queues) / p50 * 1e9),
+        // With several queues a request's latency says nothing of the others that share the processor, and on the
+        // disk it is mostly the disk's.
+        undisturbed: (queues == 1 && workload.backing != Backing::Direct)
+            .then(|| f64::from(workload.depth) / p50 * 1e9),
         waited: outcome.back_waited.map(|back| (outcome.front_waited, back)),
     })
 }

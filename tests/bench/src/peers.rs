@@ -4,7 +4,9 @@
 //! the two lines are exactly what is compared: where the queues of an export may run.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use client::Connection;
 use client::daemon::{Daemon, Launch};
 
 use crate::Result;
@@ -103,10 +105,36 @@ impl Peer {
         line
     }
 
+    /// Starts it and connects. The kernel takes the io_uring of an ended process apart a little later, and an image's
+    /// locks live until then, so a start that fails over a lock is tried again for a while.
+    pub fn connect(&self, export: &Export, socket: &Path, cpus: &[usize]) -> Result<(Daemon, Connection)> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let mut daemon = self.start(export, socket, cpus)?;
+            match daemon.connect(socket) {
+                Ok(connection) => return Ok((daemon, connection)),
+                Err(_) if daemon.stderr().contains("lock") && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// Starts it on these processors.
     pub fn start(&self, export: &Export, socket: &Path, cpus: &[usize]) -> Result<Daemon> {
+        // What a killed backend leaves behind would answer connects with a refusal until the next one binds.
+        let _ = std::fs::remove_file(socket);
         Ok(Launch::new(&self.path).args(self.arguments(export, socket)).cpus(cpus).spawn()?)
     }
+}
+
+/// Ends a backend as an orchestrator would; one that does not end is a failure of the run.
+pub fn end(mut daemon: Daemon) -> Result<()> {
+    daemon
+        .terminate(Duration::from_secs(10))
+        .map(drop)
+        .map_err(|error| format!("after SIGTERM: {error}").into())
 }
 
 /// The programs named on the command line.

@@ -10,7 +10,7 @@ use client::session::{Base, Guest, Session, Setup};
 use client::{Connection, Frontend};
 use tempfile::TempDir;
 
-use crate::peers::{Choice, DEFAULT_POLL_NS, Export, Image, Peer};
+use crate::peers::{self, Choice, DEFAULT_POLL_NS, Export, Image};
 use crate::report::Spread;
 use crate::{Result, host, say};
 
@@ -66,11 +66,9 @@ impl Place {
         self.folder.path().join("vhost.sock")
     }
 
-    fn start(&self, peer: &Peer, queues: u16, cpus: &[usize]) -> Result<Daemon> {
-        // A socket left behind by a killed backend would refuse connections and hide the start of the next.
-        let _ = std::fs::remove_file(self.socket());
+    fn export(&self, queues: u16) -> Export {
         let image = Image::File { path: self.folder.path().join("disk.raw"), direct: false };
-        peer.start(&Export { image, queues, iothreads: 1, poll_ns: DEFAULT_POLL_NS }, &self.socket(), cpus)
+        Export { image, queues, iothreads: 1, poll_ns: DEFAULT_POLL_NS }
     }
 }
 
@@ -84,8 +82,8 @@ pub fn idle(arguments: &IdleArguments) -> Result<()> {
     notes.iter().for_each(say);
     for peer in peers {
         let place = Place::new()?;
-        let mut daemon = place.start(&peer, arguments.queues, &arguments.choice.back_cpus)?;
-        let connection = daemon.connect(&place.socket())?;
+        let cpus = &arguments.choice.back_cpus;
+        let (daemon, connection) = peer.connect(&place.export(arguments.queues), &place.socket(), cpus)?;
         let setup = Setup { queues: arguments.queues, ..Setup::default() };
         let session = Session::establish(connection, Guest::new(&setup)?, &setup, &[])?;
         // Polling and set-up work end within milliseconds; what happens later is idleness.
@@ -114,6 +112,7 @@ pub fn idle(arguments: &IdleArguments) -> Result<()> {
             arguments.seconds,
         ));
         drop(session);
+        peers::end(daemon)?;
     }
     Ok(())
 }
@@ -127,12 +126,13 @@ pub fn start(arguments: &StartArguments) -> Result<()> {
     for _ in 0..arguments.starts {
         for (peer, (from_fork, from_exec)) in peers.iter().zip(&mut times) {
             let forked = Instant::now();
-            let daemon = place.start(peer, 4, &arguments.choice.back_cpus)?;
+            let daemon = peer.start(&place.export(4), &place.socket(), &arguments.choice.back_cpus)?;
             let connection = Connection::connect(&place.socket(), Duration::from_secs(20))?;
             Frontend::new(connection).get_features()?;
             let replied = Instant::now();
             from_fork.push((replied - forked).as_secs_f64() * 1e3);
             from_exec.push((replied - daemon.executed()).as_secs_f64() * 1e3);
+            peers::end(daemon)?;
         }
     }
     for (peer, (from_fork, from_exec)) in peers.iter().zip(times) {
@@ -165,8 +165,9 @@ pub fn connect(arguments: &ConnectArguments) -> Result<()> {
     let setup = Setup { queues: arguments.queues, ..Setup::default() };
     for peer in peers {
         let place = Place::new()?;
-        let mut daemon = place.start(&peer, arguments.queues, &arguments.choice.back_cpus)?;
-        daemon.connect(&place.socket()).map(drop)?;
+        let cpus = &arguments.choice.back_cpus;
+        let (mut daemon, first) = peer.connect(&place.export(arguments.queues), &place.socket(), cpus)?;
+        drop(first);
         let mut guest = Guest::new(&setup)?;
         let mut bases: Vec<Base> = Vec::new();
         let mut cycle = |count: u32| -> Result<()> {
@@ -191,6 +192,7 @@ pub fn connect(arguments: &ConnectArguments) -> Result<()> {
             elapsed.as_secs_f64(),
             elapsed.as_secs_f64() * 1e6 / f64::from(arguments.cycles.max(1)),
         ));
+        peers::end(daemon)?;
     }
     Ok(())
 }
