@@ -31,6 +31,7 @@ pub struct MainExecutor {
     exec: Executor,
     mailbox: Arc<Mailbox<Message>>,
     fd: Arc<OwnedFd>,
+    running: std::rc::Rc<std::cell::Cell<bool>>,
 }
 
 /// Reaches a [`MainExecutor`] from any thread.
@@ -53,8 +54,16 @@ impl MainExecutor {
         mailbox.prepare_sleep();
         let bell = EventFdBell::new(Arc::clone(&fd));
         let remote: Arc<dyn RemoteWake> = mailbox.clone();
-        let exec = Executor::with_hook(remote, Some(Box::new(move || crate::mailbox::Notify::notify(&bell))));
-        Ok(MainExecutor { exec, mailbox, fd })
+        let running = std::rc::Rc::new(std::cell::Cell::new(false));
+        let busy = std::rc::Rc::clone(&running);
+        // Inside of `run` the queue is looked at anyway.
+        let hook = move || {
+            if !busy.get() {
+                crate::mailbox::Notify::notify(&bell);
+            }
+        };
+        let exec = Executor::with_hook(remote, Some(Box::new(hook)));
+        Ok(MainExecutor { exec, mailbox, fd, running })
     }
 
     /// Readable when [`MainExecutor::run`] has something to do.
@@ -84,6 +93,12 @@ impl MainExecutor {
 
     /// Polls what can run. When tasks keep each other busy it returns after a while with the eventfd still readable.
     pub fn run(&self) {
+        let outer = self.running.replace(true);
+        self.rounds();
+        self.running.set(outer);
+    }
+
+    fn rounds(&self) {
         let mut counter = [0u8; 8];
         // EAGAIN: run() without a reason, which is allowed.
         let _ = rustix::io::read(&*self.fd, &mut counter);
