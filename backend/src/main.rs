@@ -52,7 +52,8 @@ fn run(plan: Plan, passed: PassedFds) -> Result<ExitCode, String> {
         false => None,
     };
     let env = |name: &str| std::env::var(name).ok();
-    logging::init(env("RINGBLK_LOG").as_deref(), env("JOURNAL_STREAM").as_deref()).map_err(|e| e.to_string())?;
+    logging::init(env("RINGBLK_LOG").as_deref(), env("JOURNAL_STREAM").as_deref())
+        .map_err(|e| e.to_string())?;
     if let Err(e) = limits::raise_nofile() {
         log::warn!("the limit of open descriptors stays as it is: {e}");
     }

@@ -52,7 +52,8 @@ fn the_space_has_the_layout_of_the_specification() {
 
 #[test]
 fn a_read_only_export_offers_nothing_that_writes() {
-    let c = DeviceConfig::new(DeviceOptions { writable: false, ..options() }, &Limits::default(), 1 << 20).unwrap();
+    let c = DeviceConfig::new(DeviceOptions { writable: false, ..options() }, &Limits::default(), 1 << 20)
+        .unwrap();
     assert_eq!(c.features() & feature::RO, feature::RO);
     assert_eq!(c.features() & (feature::DISCARD | feature::WRITE_ZEROES), 0);
     let s = c.read(0, 60);
@@ -74,7 +75,8 @@ fn the_write_cache_tells_the_truth() {
     for (offset, bytes) in [(32, &[2u8][..]), (31, &[0]), (32, &[0, 0]), (0, &[0; 8]), (32, &[])] {
         assert!(c.write(offset, bytes).is_err(), "{offset} {bytes:?}");
     }
-    let through = DeviceConfig::new(DeviceOptions { writethrough: true, ..options() }, &Limits::default(), 0).unwrap();
+    let through =
+        DeviceConfig::new(DeviceOptions { writethrough: true, ..options() }, &Limits::default(), 0).unwrap();
     assert!(!through.write_cache(both));
     assert_eq!(through.read(WCE_OFFSET, 1), [0]);
 }

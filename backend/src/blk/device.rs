@@ -278,8 +278,13 @@ pub struct DeviceSource(pub Arc<BlkDevice>);
 impl RequestSource for DeviceSource {
     fn quiesce(&self) -> BoxFut<'_, ()> {
         self.0.quiesced.store(true, Ordering::SeqCst);
-        let pauses: Vec<_> =
-            self.0.queues.iter().map(|q| (q.iothread.clone(), q.key)).map(|(t, key)| t.call(move |_| worker::pause(key))).collect();
+        let pauses: Vec<_> = self
+            .0
+            .queues
+            .iter()
+            .map(|q| (q.iothread.clone(), q.key))
+            .map(|(t, key)| t.call(move |_| worker::pause(key)))
+            .collect();
         Box::pin(async move {
             for pause in pauses {
                 // A thread that is gone has nothing in flight.

@@ -40,13 +40,19 @@ fn reads_and_writes_inside_the_disk() {
     let c = config(true, 512);
     assert_eq!(parse(header(0, 8), 0, 4096, &c), Ok(Kind::Read { offset: 4096, len: 4096 }));
     assert_eq!(parse(header(1, 2047), 512, 0, &c), Ok(Kind::Write { offset: 2047 * 512, len: 512 }));
-    assert_eq!(parse(header(0, 2048), 0, 0, &c), Ok(Kind::Read { offset: 1 << 20, len: 0 }), "nothing, at the end");
+    assert_eq!(
+        parse(header(0, 2048), 0, 0, &c),
+        Ok(Kind::Read { offset: 1 << 20, len: 0 }),
+        "nothing, at the end"
+    );
 }
 
 #[test]
 fn ranges_outside_or_misaligned_are_errors() {
     let c = config(true, 512);
-    for (sector, len) in [(2048, 512), (2047, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 511), (0, 2 << 20)] {
+    for (sector, len) in
+        [(2048, 512), (2047, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 511), (0, 2 << 20)]
+    {
         assert_eq!(parse(header(0, sector), 0, len, &c), Err(Status::IoErr), "{sector} {len}");
     }
     let big = config(true, 4096);
@@ -79,10 +85,18 @@ fn ranges_of_discard_and_write_zeroes() {
     let ok = Range { offset: 512, len: 1024, unmap: false };
     assert_eq!(parse_range(range(1, 2, 0), Kind::Discard, &c), Ok(ok));
     assert_eq!(parse_range(range(1, 2, 1), Kind::WriteZeroes, &c), Ok(Range { unmap: true, ..ok }));
-    assert_eq!(parse_range(range(1, 2, 1), Kind::Discard, &c), Err(Status::Unsupported), "unmap is for zeroes");
+    assert_eq!(
+        parse_range(range(1, 2, 1), Kind::Discard, &c),
+        Err(Status::Unsupported),
+        "unmap is for zeroes"
+    );
     assert_eq!(parse_range(range(1, 2, 2), Kind::WriteZeroes, &c), Err(Status::Unsupported), "unknown flag");
     assert_eq!(parse_range(range(2047, 2, 0), Kind::Discard, &c), Err(Status::IoErr), "past the end");
-    assert_eq!(parse_range(range(0, MAX_RANGE_SECTORS + 1, 0), Kind::Discard, &c), Err(Status::IoErr), "too long");
+    assert_eq!(
+        parse_range(range(0, MAX_RANGE_SECTORS + 1, 0), Kind::Discard, &c),
+        Err(Status::IoErr),
+        "too long"
+    );
     assert_eq!(parse_range(range(u64::MAX, u32::MAX, 0), Kind::Discard, &c), Err(Status::IoErr));
     assert_eq!(range_count(32), Ok(2));
     for n in [0, 15, 17, 16 * (u64::from(MAX_RANGE_SEGMENTS) + 1), u64::MAX] {

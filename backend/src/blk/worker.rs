@@ -70,7 +70,6 @@ struct Inner {
 
 /// See the module's words.
 pub struct QueueWorker {
-    key: u64,
     local: Local,
     source: Cell<Option<SourceId>>,
     device: Arc<BlkDevice>,
@@ -103,7 +102,6 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     let Some(view) = device.view() else { return Err("the export is going away".into()) };
     let quiesced = device.quiesced();
     let worker = Rc::new_cyclic(|me| QueueWorker {
-        key,
         local: local.clone(),
         source: Cell::new(None),
         me: me.clone(),
@@ -151,12 +149,18 @@ pub async fn stop(key: u64) -> Option<u16> {
     Some(inner.queue.state().last_avail)
 }
 
-/// Pauses a queue: resolves when nothing of it is in flight. It stays paused until `resume`.
-pub async fn pause(key: u64) {
-    if let Some(worker) = find(key) {
-        worker.inner.borrow_mut().quiesced = true;
-        worker.drained().await;
-        worker.end_batch();
+/// Pauses a queue: from this call on it takes no more requests, until `resume`. Resolves when nothing of it is in flight.
+/// Not an `async fn`: its effect must come before that of a `resume` that was sent after it.
+pub fn pause(key: u64) -> impl Future<Output = ()> + 'static {
+    let worker = find(key);
+    if let Some(w) = &worker {
+        w.inner.borrow_mut().quiesced = true;
+    }
+    async move {
+        if let Some(w) = worker {
+            w.drained().await;
+            w.end_batch();
+        }
     }
 }
 
@@ -261,7 +265,9 @@ impl QueueWorker {
     #[inline]
     fn begin(&self, inner: &mut Inner, slot: u32, now: u64) -> Result<(), String> {
         let Inner { slots, io, features, .. } = inner;
-        let Some((memory, chain, data)) = slots.parts(slot) else { return Err("a request without a slot".into()) };
+        let Some((memory, chain, data)) = slots.parts(slot) else {
+            return Err("a request without a slot".into());
+        };
         let mut header = [0; HEADER_LEN];
         chain
             .take_header(memory, &mut header)
@@ -276,8 +282,9 @@ impl QueueWorker {
             Ok(Kind::Read { offset, len }) => (Op::Read, offset, len),
             Ok(Kind::Write { offset, len }) => (Op::Write, offset, len),
             Ok(Kind::GetId) => {
+                let room = chain.writable_len().min(request::ID_LEN as u64);
                 let status = get_id(chain, memory, &config.options().serial);
-                self.complete_in(inner, slot, status, request::ID_LEN as u64);
+                self.complete_in(inner, slot, status, room);
                 return Ok(());
             }
             Ok(Kind::Flush | Kind::Discard | Kind::WriteZeroes) => {

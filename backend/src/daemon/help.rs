@@ -32,8 +32,12 @@ pub fn text(topic: &HelpTopic) -> Result<String, String> {
             let own = help::members(name, &(def.schema)().to_value());
             Ok(own + &help::members("Options of every node", &schema::<CommonOptions>()))
         }
-        ("export", None) => Ok(help::list("Export types (see --export TYPE,help):", [("vhost-user-blk", "")])),
-        ("export", Some(name @ "vhost-user-blk")) => Ok(help::members(name, &schema::<VhostUserBlkOptions>())),
+        ("export", None) => {
+            Ok(help::list("Export types (see --export TYPE,help):", [("vhost-user-blk", "")]))
+        }
+        ("export", Some(name @ "vhost-user-blk")) => {
+            Ok(help::members(name, &schema::<VhostUserBlkOptions>()))
+        }
         ("object", None) => Ok(help::list("Object types (see --object TYPE,help):", [("iothread", "")])),
         ("object", Some(name @ "iothread")) => Ok(help::members(name, &schema::<IoThreadProperties>())),
         (_, Some(name)) => Err(unknown(name)),

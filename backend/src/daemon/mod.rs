@@ -98,8 +98,11 @@ impl Daemon {
         if let Some(t) = &*self.own.borrow() {
             return Ok(t.clone());
         }
-        let t = IoThread::start(IoThreadOptions { name: OWN_IOTHREAD.to_owned(), ..IoThreadOptions::default() })
-            .map_err(|e| QmpError::generic(format!("the process's own iothread cannot be started: {e}")))?;
+        let t =
+            IoThread::start(IoThreadOptions { name: OWN_IOTHREAD.to_owned(), ..IoThreadOptions::default() })
+                .map_err(|e| {
+                    QmpError::generic(format!("the process's own iothread cannot be started: {e}"))
+                })?;
         *self.own.borrow_mut() = Some(t.clone());
         Ok(t)
     }

@@ -126,7 +126,12 @@ const PROPERTIES: [Property; 4] = [
     Property { name: "poll-max-ns", get: |p| p.max_ns, set: |p, v| p.max_ns = v, max: MAX_POLL_NS },
     Property { name: "poll-grow", get: |p| p.grow, set: |p, v| p.grow = v, max: i64::MAX },
     Property { name: "poll-shrink", get: |p| p.shrink, set: |p, v| p.shrink = v, max: i64::MAX },
-    Property { name: "aio-max-batch", get: |p| p.aio_max_batch, set: |p, v| p.aio_max_batch = v, max: i64::MAX },
+    Property {
+        name: "aio-max-batch",
+        get: |p| p.aio_max_batch,
+        set: |p, v| p.aio_max_batch = v,
+        max: i64::MAX,
+    },
 ];
 
 fn checked(p: &Property, value: i64) -> Result<u64, QmpError> {
@@ -153,7 +158,9 @@ impl Objects {
             )));
         }
         if self.iothreads.len() >= MAX_IOTHREADS {
-            return Err(QmpError::generic(format!("there are {MAX_IOTHREADS} iothreads already, the most there can be")));
+            return Err(QmpError::generic(format!(
+                "there are {MAX_IOTHREADS} iothreads already, the most there can be"
+            )));
         }
         let mut poll = PollParams::default();
         let given = [o.poll_max_ns, o.poll_grow, o.poll_shrink, o.aio_max_batch];
@@ -196,9 +203,9 @@ impl Objects {
 
     fn at(&self, path: &str) -> Result<&IoThread, QmpError> {
         let id = path.strip_prefix(ROOT).and_then(|p| p.strip_prefix('/')).unwrap_or(path);
-        self.iothreads
-            .get(id)
-            .ok_or_else(|| QmpError::new(qmp::ErrorClass::DeviceNotFound, format!("Device '{path}' not found")))
+        self.iothreads.get(id).ok_or_else(|| {
+            QmpError::new(qmp::ErrorClass::DeviceNotFound, format!("Device '{path}' not found"))
+        })
     }
 
     /// `qom-get`.
@@ -236,7 +243,8 @@ impl Objects {
     /// # Errors
     /// No such path.
     pub fn list(&self, path: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError> {
-        let info = |name: &str, kind: &str| ObjectPropertyInfo { name: name.to_owned(), kind: kind.to_owned() };
+        let info =
+            |name: &str, kind: &str| ObjectPropertyInfo { name: name.to_owned(), kind: kind.to_owned() };
         match path {
             "/" => Ok(vec![info("type", "string"), info("objects", "child<container>")]),
             ROOT | "/objects/" => Ok(std::iter::once(info("type", "string"))

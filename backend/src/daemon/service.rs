@@ -42,7 +42,9 @@ impl Service {
                 Some((fd, (e.id().to_owned(), socket)))
             })
             .collect();
-        let same = |fd: &RawFd, socket: &Rc<ExportSocket>| wanted.get(fd).is_some_and(|(_, w)| Rc::ptr_eq(w, socket));
+        let same = |fd: &RawFd, socket: &Rc<ExportSocket>| {
+            wanted.get(fd).is_some_and(|(_, w)| Rc::ptr_eq(w, socket))
+        };
         self.watched.retain(|fd, (_, socket)| {
             let keep = same(fd, socket);
             if !keep && let Err(e) = ops.remove(Events::new_raw(*fd, EventSet::IN)) {

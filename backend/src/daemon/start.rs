@@ -16,9 +16,9 @@ use qmp::session::SessionOptions;
 use qmp::socket::Listener;
 use qmp::{CommandTable, Events};
 
+use super::Daemon;
 use super::commands::{self, State};
 use super::service::Service;
-use super::Daemon;
 use crate::process::chardev::{Chardev, ChardevAddress, Monitor};
 use crate::process::cli::{Action, Plan, QapiText, Step};
 use crate::process::daemonize::Ready;
@@ -122,7 +122,12 @@ fn apply(
     }
 }
 
-fn command(daemon: &Rc<Daemon>, table: &CommandTable<State>, name: &str, text: &QapiText) -> Result<(), String> {
+fn command(
+    daemon: &Rc<Daemon>,
+    table: &CommandTable<State>,
+    name: &str,
+    text: &QapiText,
+) -> Result<(), String> {
     let call = table.call_option(daemon.clone(), name, &text.text, text.implied_key).map_err(|e| e.desc)?;
     daemon.executor.block_on(call).map(drop).map_err(|e| e.desc)
 }
@@ -140,7 +145,9 @@ fn monitor(
     let io = |e: std::io::Error| e.to_string();
     let mut channel = channel.borrow_mut();
     match (&chardev.address, chardev.server) {
-        (ChardevAddress::Path(path), true) => channel.listen(Listener::bind(path, None).map_err(io)?, options),
+        (ChardevAddress::Path(path), true) => {
+            channel.listen(Listener::bind(path, None).map_err(io)?, options)
+        }
         (ChardevAddress::Path(path), false) => {
             let stream = std::os::unix::net::UnixStream::connect(path)
                 .map_err(|e| format!("Failed to connect to '{}': {e}", path.display()))?;
@@ -162,7 +169,10 @@ fn monitor(
         }
     }
     if chardev.wait && chardev.server {
-        log::info!("monitor on chardev '{}': wait=on is taken as wait=off; start-up does not wait for a client", chardev.id);
+        log::info!(
+            "monitor on chardev '{}': wait=on is taken as wait=off; start-up does not wait for a client",
+            chardev.id
+        );
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use qmp::QmpError;
 use qmp::socket::Listener;
@@ -20,12 +20,7 @@ pub type Inherited<'a> = &'a dyn Fn(&str) -> Result<Socket, String>;
 #[derive(Debug)]
 pub enum ExportSocket {
     /// Accepts any number of front ends, one after the other.
-    Listening {
-        /// Removes its path when dropped.
-        listener: Listener,
-        /// Its path, if it was bound here.
-        path: Option<PathBuf>,
-    },
+    Listening(Listener),
     /// One front end that was connected before we started.
     Connected(RefCell<Option<UnixStream>>),
 }
@@ -42,14 +37,14 @@ impl ExportSocket {
                 let path = Path::new(path);
                 // What may connect may read and write the disk: the owner decides with the directory's permissions too.
                 let listener = Listener::bind(path, None).map_err(|e| QmpError::generic(e.to_string()))?;
-                Ok(ExportSocket::Listening { listener, path: Some(path.to_owned()) })
+                Ok(ExportSocket::Listening(listener))
             }
             SocketAddress::Fd { str } => {
                 match inherited(str).map_err(|e| QmpError::generic(format!("Parameter 'addr.str': {e}")))? {
                     Socket::Listening(l) => {
                         let listener = Listener::from_fd(OwnedFd::from(l))
                             .map_err(|e| QmpError::generic(format!("Parameter 'addr.str': {e}")))?;
-                        Ok(ExportSocket::Listening { listener, path: None })
+                        Ok(ExportSocket::Listening(listener))
                     }
                     Socket::Connected(s) => Ok(ExportSocket::Connected(RefCell::new(Some(s)))),
                 }
@@ -60,7 +55,7 @@ impl ExportSocket {
     /// The descriptor to wait on; `None` for a connection that came ready made.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            ExportSocket::Listening { listener, .. } => Some(listener.socket().as_fd()),
+            ExportSocket::Listening(listener) => Some(listener.socket().as_fd()),
             ExportSocket::Connected(_) => None,
         }
     }
@@ -68,7 +63,7 @@ impl ExportSocket {
     /// The next front end, if one is there.
     pub fn accept(&self) -> Option<UnixStream> {
         match self {
-            ExportSocket::Listening { listener, .. } => match listener.socket().accept() {
+            ExportSocket::Listening(listener) => match listener.socket().accept() {
                 Ok((s, _)) => Some(s),
                 Err(e) => {
                     // Gone before we looked, or out of descriptors: the listener stays, the next attempt may do better.
@@ -84,7 +79,7 @@ impl ExportSocket {
 
     /// Frees the path now, although the event loop may hold the socket a little longer.
     pub fn remove_path(&self) {
-        if let ExportSocket::Listening { listener, .. } = self {
+        if let ExportSocket::Listening(listener) = self {
             listener.remove_path();
         }
     }

@@ -154,17 +154,24 @@ impl Export {
     ) -> Result<Rc<Export>, QmpError> {
         let ExportOptions::VhostUserBlk(o) = options;
         if !valid_id(&o.id) {
-            return Err(invalid("id", "expects an identifier: a letter, then letters, digits, '-', '.', '_'"));
+            return Err(invalid(
+                "id",
+                "expects an identifier: a letter, then letters, digits, '-', '.', '_'",
+            ));
         }
         let device_options = device_options(&o)?;
         let iothreads = match (&o.iothread, &o.iothread_vq_mapping) {
             (Some(_), Some(_)) => {
-                return Err(QmpError::generic("Options 'iothread' and 'iothread-vq-mapping' are mutually exclusive"));
+                return Err(QmpError::generic(
+                    "Options 'iothread' and 'iothread-vq-mapping' are mutually exclusive",
+                ));
             }
             (one, None) => vec![host.iothread(one.as_deref())?; o.num_queues.into()],
             (None, Some(mapping)) => {
-                let threads =
-                    mapping.iter().map(|m| host.iothread(Some(&m.iothread))).collect::<Result<Vec<_>, _>>()?;
+                let threads = mapping
+                    .iter()
+                    .map(|m| host.iothread(Some(&m.iothread)))
+                    .collect::<Result<Vec<_>, _>>()?;
                 let placed = place(mapping, o.num_queues)?;
                 placed.into_iter().filter_map(|i| threads.get(i).cloned()).collect()
             }
@@ -208,11 +215,6 @@ impl Export {
         &self.id
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<BlkDevice> {
-        &self.device
-    }
-
     /// The socket to wait on: readable means [`Export::accept`]. `None` while a front end is connected (the next one
     /// waits in the backlog), and when the export ends.
     pub fn waiting_on(&self) -> Option<Rc<ExportSocket>> {
@@ -234,7 +236,12 @@ impl Export {
         }
     }
 
-    fn connect(self: &Rc<Self>, socket: UnixStream, remote: &MainRemote, ended: impl FnOnce() + Send + 'static) {
+    fn connect(
+        self: &Rc<Self>,
+        socket: UnixStream,
+        remote: &MainRemote,
+        ended: impl FnOnce() + Send + 'static,
+    ) {
         let remote = remote.clone();
         self.ended.clear();
         match Connection::start(socket, self.device.clone(), move || remote.post(ended)) {

@@ -25,6 +25,7 @@ pub struct VhostUserBlkOptions {
     pub iothread: Option<String>,
     /// Accepted for QEMU's sake: queues never leave the iothread they were given. Default: off.
     #[serde(default)]
+    #[expect(dead_code, reason = "always so: there is nothing to do for it")]
     pub fixed_iothread: bool,
     /// Which iothread serves which queue.
     pub iothread_vq_mapping: Option<Vec<IoThreadVirtQueueMapping>>,

@@ -124,6 +124,7 @@ impl PassedFds {
     }
 
     /// Names of the descriptors of socket activation that are not taken, in order.
+    #[cfg(test)]
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.named.iter().map(|n| n.name.as_str())
     }

@@ -33,7 +33,6 @@ mod limit;
 
 pub use filter::{Filter, TARGETS, TraceOption, display_target};
 
-
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};

@@ -77,24 +77,6 @@ impl Notifier {
         self.send(&format!("STOPPING=1\nSTATUS={}\n", one_line(status)))
     }
 
-    /// One line for `systemctl status`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Notifier::ready`].
-    pub fn status(&self, status: &str) -> io::Result<()> {
-        self.send(&format!("STATUS={}\n", one_line(status)))
-    }
-
-    /// Asks for more time to start or stop, from now on (an image's refcounts are being rebuilt, say).
-    ///
-    /// # Errors
-    ///
-    /// As [`Notifier::ready`].
-    pub fn extend_timeout(&self, time: Duration) -> io::Result<()> {
-        self.send(&format!("EXTEND_TIMEOUT_USEC={}\n", time.as_micros()))
-    }
-
     fn send(&self, message: &str) -> io::Result<()> {
         let Some((socket, address)) = &self.manager else { return Ok(()) };
         socket.send_to_addr(message.as_bytes(), address).map(|_| ())

@@ -36,14 +36,23 @@ impl Connection {
     ///
     /// # Errors
     /// When the socket cannot be duplicated or the thread cannot be started.
-    pub fn start(socket: UnixStream, device: Arc<BlkDevice>, ended: impl FnOnce() + Send + 'static) -> Result<Self> {
+    pub fn start(
+        socket: UnixStream,
+        device: Arc<BlkDevice>,
+        ended: impl FnOnce() + Send + 'static,
+    ) -> Result<Self> {
         // The protocol layer must block: it spins on a socket that does not.
         socket.set_nonblocking(false)?;
         let ours = socket.try_clone()?;
-        let thread = std::thread::Builder::new().name("vhost-user".into()).stack_size(STACK).spawn(move || {
-            serve(socket, &device);
-            ended();
-        })?;
+        let thread =
+            std::thread::Builder::new().name("vhost-user".into()).stack_size(STACK).spawn(move || {
+                let served =
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(socket, &device)));
+                if served.is_err() {
+                    log::error!("export '{}': its connection ended by a panic", device.name());
+                }
+                ended();
+            })?;
         Ok(Connection { socket: ours, thread: Some(thread) })
     }
 
@@ -90,10 +99,7 @@ fn serve(socket: UnixStream, device: &Arc<BlkDevice>) {
         }
     };
     // The session first: whatever the front end sees next (the closed socket) comes after the last used entry.
-    match session.lock() {
-        Ok(mut s) => s.close(),
-        Err(poisoned) => poisoned.into_inner().close(),
-    }
+    session.lock().unwrap_or_else(std::sync::PoisonError::into_inner).close();
     match why {
         Error::Disconnected | Error::SocketBroken(_) => log::info!("export '{name}': front end disconnected"),
         e => log::warn!("export '{name}': connection closed: {e}"),

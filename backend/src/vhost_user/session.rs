@@ -14,7 +14,6 @@ use vhost::vhost_user::message::*;
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VhostUserBackend as _;
 
-
 use crate::blk::config::feature;
 use crate::blk::device::{BlkDevice, Call, RingSetup};
 use crate::blk::stock::VhostDevice;
@@ -132,7 +131,8 @@ impl Session {
             log::debug!("export '{}': guest memory is not sealed against shrinking", self.device.name());
         }
         self.memory = Some(memory.clone());
-        let running: Vec<usize> = self.vrings.iter().enumerate().filter(|(_, v)| v.running).map(|(i, _)| i).collect();
+        let running: Vec<usize> =
+            self.vrings.iter().enumerate().filter(|(_, v)| v.running).map(|(i, _)| i).collect();
         self.device.set_memory(&running, memory);
         for index in 0..self.vrings.len() {
             self.start_if_ready(index)?;
@@ -144,6 +144,13 @@ impl Session {
         fd.map(|f| Notifier::new(OwnedFd::from(f)))
             .transpose()
             .map_err(|e| self.refuse(format_args!("queue {index}: {what} descriptor: {e}")))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Also after a panic: a ring must not be served for a front end that nobody listens to.
+        self.close();
     }
 }
 
@@ -317,7 +324,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         self.vring(index.into())?;
         let Some(fd) = fd else {
-            return Err(self.refuse(format_args!("queue {index}: a kick descriptor is needed (no polling mode)")));
+            return Err(
+                self.refuse(format_args!("queue {index}: a kick descriptor is needed (no polling mode)"))
+            );
         };
         let kick = Kick::new(OwnedFd::from(fd))
             .map_err(|e| self.refuse(format_args!("queue {index}: kick descriptor: {e}")))?;

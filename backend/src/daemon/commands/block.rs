@@ -100,8 +100,8 @@ pub fn register(commands: &mut Commands<State>, registry: &Registry) {
                 },
                 _ => return Err(QmpError::generic("Need exactly one of 'device' and 'node-name'")),
             };
-            let size = u64::try_from(a.size)
-                .map_err(|_| QmpError::generic("Parameter 'size' expects a >0 size"))?;
+            let size =
+                u64::try_from(a.size).map_err(|_| QmpError::generic("Parameter 'size' expects a >0 size"))?;
             daemon.ready_graph()?;
             daemon.graph.block_resize(&node, size).await.map_err(block)
         },
@@ -111,7 +111,8 @@ pub fn register(commands: &mut Commands<State>, registry: &Registry) {
             "query-named-block-nodes",
             "Tells of all nodes.",
             |daemon: State, a: QueryNamedBlockNodes| async move {
-                let nodes: Vec<BlockDeviceInfo> = daemon.graph.query_named_block_nodes(a.flat.unwrap_or(false));
+                let nodes: Vec<BlockDeviceInfo> =
+                    daemon.graph.query_named_block_nodes(a.flat.unwrap_or(false));
                 Ok(nodes)
             },
         )
@@ -121,8 +122,11 @@ pub fn register(commands: &mut Commands<State>, registry: &Registry) {
             "query-blockstats",
             "Tells what has been read and written: of each export, or of each node.",
             |daemon: State, a: QueryBlockstats| async move {
-                let mut stats: Vec<BlockStats> = daemon.graph.query_blockstats(a.query_nodes.unwrap_or(false));
-                for (s, id) in stats.iter_mut().filter_map(|s| Some((export_of(s)?, s))).map(|(id, s)| (s, id)) {
+                let mut stats: Vec<BlockStats> =
+                    daemon.graph.query_blockstats(a.query_nodes.unwrap_or(false));
+                for (s, id) in
+                    stats.iter_mut().filter_map(|s| Some((export_of(s)?, s))).map(|(id, s)| (s, id))
+                {
                     s.device = Some(id.clone());
                     s.qdev = Some(id);
                 }

@@ -34,7 +34,8 @@ pub fn register(commands: &mut Commands<State>) {
     );
     commands
         .register_query("query-block-exports", "Tells of all exports.", |daemon: State| async move {
-            let mut exports: Vec<BlockExportInfo> = daemon.exports.borrow().values().map(|e| e.info()).collect();
+            let mut exports: Vec<BlockExportInfo> =
+                daemon.exports.borrow().values().map(|e| e.info()).collect();
             exports.sort_by(|a, b| a.id.cmp(&b.id));
             Ok(exports)
         })

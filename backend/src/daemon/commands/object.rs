@@ -47,11 +47,15 @@ struct QomSet {
 }
 
 pub fn register(commands: &mut Commands<State>) {
-    commands.register("object-add", "Creates an object.", |daemon: State, options: ObjectOptions| async move {
-        daemon.objects.borrow_mut().add(options)?;
-        daemon.ready_graph_if_any();
-        Ok(())
-    });
+    commands.register(
+        "object-add",
+        "Creates an object.",
+        |daemon: State, options: ObjectOptions| async move {
+            daemon.objects.borrow_mut().add(options)?;
+            daemon.ready_graph_if_any();
+            Ok(())
+        },
+    );
     commands.register(
         "object-del",
         "Removes an object that nobody uses.",
@@ -72,11 +76,13 @@ pub fn register(commands: &mut Commands<State>) {
         daemon.objects.borrow().set(&a.path, &a.property, &a.value)
     });
     commands
-        .register_query("query-iothreads", "Tells of all iothreads and how busy they have been.", |daemon: State| {
-            async move {
+        .register_query(
+            "query-iothreads",
+            "Tells of all iothreads and how busy they have been.",
+            |daemon: State| async move {
                 let list: Vec<IoThreadInfo> = daemon.iothreads().iter().map(objects::info).collect();
                 Ok(list)
-            }
-        })
+            },
+        )
         .concurrent();
 }

@@ -1,6 +1,8 @@
 //! Tests of the log's text, filter and rate limit.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::filter::{DEFAULT_LEVEL, Pattern};
+use super::limit::{BURST, WINDOW};
 use super::*;
 use log::LevelFilter;
 
