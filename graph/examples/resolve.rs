@@ -99,9 +99,9 @@ fn main() {
         let view = root.view().unwrap();
         let call = iothread.call(move |local| async move {
             let shards = Rc::clone(view.io(&local).shards());
-            let n = 5_000_000u64;
+            let n = 500_000u64;
             let mut best = [f64::MAX; 2];
-            for _ in 0..5 {
+            for _ in 0..40 {
                 let start = Instant::now();
                 for i in 0..n {
                     let r = view.resolve(black_box(Op::Read), black_box((i % 4096) * 4096), black_box(4096));

@@ -37,11 +37,16 @@ impl Path {
     /// The path of a request that is accounted at the root alone.
     pub const ROOT: Path = Path { len: 1, nodes: [0; PATH_NODES] };
 
+    /// Notes the node at `hop`; the length is set once at the end, which keeps it out of memory on the way.
     #[inline]
-    fn push(&mut self, index: u32) {
-        let at = usize::from(self.len).min(PATH_NODES - 1);
-        self.nodes[at] = index as u16;
-        self.len = at as u8 + 1;
+    fn note(&mut self, hop: usize, index: usize) {
+        self.nodes[hop.min(PATH_NODES - 1)] = index as u16;
+    }
+
+    #[inline]
+    fn ended(mut self, hop: usize) -> Path {
+        self.len = hop.min(PATH_NODES - 1) as u8 + 1;
+        self
     }
 
     /// Indexes into the view, the root first.
@@ -80,17 +85,19 @@ pub struct Resolved<'a> {
     pub path: Path,
 }
 
-/// A node as one view sees it.
+/// A node as one view sees it. What `resolve` reads comes first, in one cache line.
+#[repr(C, align(64))]
 pub struct ViewNode {
     driver: Arc<dyn Driver>,
-    /// Kinds that are not simply offered to the driver.
-    gate: u8,
     /// `request_alignment - 1`.
     align_mask: u64,
     /// Longest transfer, `u64::MAX` for none.
     max_transfer: u64,
+    /// Kinds that are not simply offered to the driver.
+    gate: u8,
     /// The first two children: nearly every way goes through them.
     first: [u32; 2],
+    // Up to here: the hot part.
     refuse: u8,
     ignore: u8,
     limits: Limits,
@@ -223,22 +230,21 @@ impl View {
         &self.limits
     }
 
-    /// Follows `map` down to a file, zero or done for the *whole* range. Allocates nothing, takes no lock, counts no
+    /// Follows `map` down to a file (reads, writes, flushes), zero or done for the *whole* range. Allocates nothing, takes no lock, counts no
     /// reference. A range outside the root is `EIO`. `len` may be 0 for [`Op::Flush`] alone.
     #[inline]
     pub fn resolve(&self, op: Op, offset: u64, len: u64) -> Resolved<'_> {
-        let mut path = Path::default();
+        let mut path = Path::ROOT;
         let Some(mut node) = self.nodes.first() else {
             return Resolved { target: Target::Error(Errno::EIO), path };
         };
         if op != Op::Flush && !in_bounds(offset, len, node.driver.size()) {
-            return Resolved { target: Target::Error(Errno::EIO), path: Path::ROOT };
+            return Resolved { target: Target::Error(Errno::EIO), path };
         }
         let mut offset = offset;
-        path.push(0);
-        for _ in 0..MAX_HOPS {
+        for hop in 0..MAX_HOPS {
             if node.gate & op.bit() != 0 {
-                return Resolved { target: gated(node, op), path };
+                return Resolved { target: gated(node, op), path: path.ended(hop) };
             }
             if (offset | len) & node.align_mask != 0 || len > node.max_transfer {
                 break;
@@ -246,24 +252,26 @@ impl View {
             if op == Op::Flush
                 && let Some(errno) = node.node.flush_error()
             {
-                return Resolved { target: Target::Error(errno), path };
+                return Resolved { target: Target::Error(errno), path: path.ended(hop) };
             }
             let target = match node.driver.map(op, offset, len) {
                 Map::Child { child, offset: at, len: part } if part >= len => {
                     let Some(index) = node.child(child) else { break };
                     let Some(next) = self.nodes.get(index) else { break };
-                    path.push(index as u32);
+                    path.note(hop + 1, index);
                     node = next;
                     offset = at;
                     continue;
                 }
+                // Zeroing and discarding a file is not one read or write.
+                Map::File { .. } if matches!(op, Op::WriteZeroes | Op::Discard) => break,
                 Map::File { file, offset, len: part } if part >= len => Target::File { file, offset },
                 Map::Zero { len: part } if part >= len && op == Op::Read => Target::Zero,
                 Map::Done { len: part } if part >= len => Target::Done,
                 Map::Error(errno) => Target::Error(errno),
                 _ => break,
             };
-            return Resolved { target, path };
+            return Resolved { target, path: path.ended(hop) };
         }
         Resolved { target: Target::Drive, path }
     }
