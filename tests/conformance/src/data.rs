@@ -79,6 +79,11 @@ impl Subject {
         Subject { client: Client { io, way }, setting, base: 0, model }
     }
 
+    /// The root its requests go to.
+    pub fn io(&self) -> &NodeIo {
+        &self.client.io
+    }
+
     /// Takes the other way from now on.
     pub fn turn(&mut self) {
         self.client = self.client.other();
@@ -247,6 +252,7 @@ async fn ranges(io: NodeIo, s: Setting) -> Check {
                     let start = offset.saturating_sub(600);
                     let end = (offset + len + 600).min(s.size);
                     subject.read(start, end - start).await?;
+                    subject.read_both(offset, len).await?;
                 }
             }
         }

@@ -24,7 +24,10 @@ mod sources;
 
 pub use case::{Content, Discarded, DriverCase};
 
+use data::Setting;
 use host::Engine;
+use host::sim::{Event, Faults};
+use rng::Rng;
 
 /// What a check says: nothing, or what went wrong.
 pub type Check = Result<(), String>;
@@ -47,11 +50,20 @@ pub fn seeds() -> Vec<u64> {
     }
 }
 
-/// Runs the suite on iothreads of every engine the kernel has.
+/// Runs the suite: on iothreads of every engine the kernel has, and on the simulated host.
 ///
 /// # Errors
 /// The first thing that is not as it must be, with the part, the engine and the seed.
 pub fn run(case: &DriverCase) -> Check {
+    run_on_iothreads(case)?;
+    run_simulated(case)
+}
+
+/// The part of [`run`] with real iothreads.
+///
+/// # Errors
+/// As there.
+pub fn run_on_iothreads(case: &DriverCase) -> Check {
     for engine in [Engine::IoUring, Engine::Threads] {
         if engine == Engine::IoUring && !session::has_io_uring() {
             continue;
@@ -66,6 +78,41 @@ pub fn run(case: &DriverCase) -> Check {
             for (part, check) in control::PARTS {
                 check(case, engine, seed).map_err(|e| context(part, e))?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Operations that are late, reordered, short and interrupted. Not refused for the moment (`EAGAIN`): the simulation bounds
+/// refusals in a row for the disk, not for one operation, so that with many in flight one may meet more than the host bears.
+fn rough() -> Faults {
+    Faults { eagain: 0, ..Faults::rough() }
+}
+
+/// One operation in thirty fails, each time for another reason.
+fn failing(seed: u64) -> Faults {
+    /// `EIO`, `ENOSPC`, `EOPNOTSUPP`.
+    const REASONS: [i32; 3] = [5, 28, 95];
+    let mut rng = Rng::new(seed ^ 0xfa11);
+    let fail = move |_: &Event| rng.one_in(30).then(|| REASONS[rng.below(3) as usize]);
+    Faults { fail: Some(Box::new(fail)), ..rough() }
+}
+
+/// The part of [`run`] on the simulated host: once with operations that are late, short and interrupted, where
+/// everything must come out right all the same; once with errors, where nothing may change but what failed.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_simulated(case: &DriverCase) -> Check {
+    for seed in seeds() {
+        for (part, check) in data::PARTS {
+            let simulate = |what: &str, faults: Faults, errors: bool| {
+                session::simulated_part(case, Setting::new(case, seed, errors), faults, *check).map_err(|e| {
+                    format!("{}: {part}: {e} (simulated, {what}, RINGBLK_SEED={seed})", case.name)
+                })
+            };
+            simulate("rough", rough(), false)?;
+            simulate("failing", failing(seed), true)?;
         }
     }
     Ok(())

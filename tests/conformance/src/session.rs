@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use graph::{Graph, Node, Root, RootOptions, View};
 use host::exec::block_on;
+use host::sim::{self, Faults};
 use host::{Engine, IoThread, IoThreadOptions};
 use serde_json::{Value, json};
 
@@ -171,5 +172,19 @@ pub(crate) fn data_part(case: &DriverCase, engine: Engine, seed: u64, part: Part
     let session = Session::open(case, dir.path(), engine, false)?;
     let setting = Setting::new(case, seed, false);
     session.on(1, move |io| part(io, setting))?;
+    session.close()
+}
+
+/// Runs one part over a fresh image on the simulated host; `setting.faults` says whether `faults` has errors in it.
+pub(crate) fn simulated_part(case: &DriverCase, setting: Setting, faults: Faults, part: Part) -> Check {
+    let dir = fresh(case)?;
+    let session = Session::open(case, dir.path(), Engine::Auto, false)?;
+    let view = session.view()?;
+    let result = sim::run(setting.seed, faults, move |local| part(view.io(&local), setting));
+    result.map_err(|e| format!("the simulation ended: {e:?}"))??;
+    if setting.faults {
+        // Closing flushes, and a flush that failed keeps failing: nothing to see there.
+        return Ok(());
+    }
     session.close()
 }
