@@ -372,7 +372,10 @@ impl File {
 
     /// Remembers a user, which will be told when the file goes.
     pub(crate) fn add_user(&self, user: Weak<dyn FileUser>) {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner).push(user);
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        // Iothreads come and go; a file that stays open must not remember them all.
+        users.retain(|u| u.strong_count() > 0);
+        users.push(user);
     }
 }
 

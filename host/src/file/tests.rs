@@ -41,10 +41,7 @@ fn what_is_no_disk_is_refused_without_hanging() {
     let c = CString::new(fifo.as_os_str().as_bytes()).unwrap();
     // SAFETY: a string with its NUL.
     assert_eq!(unsafe { libc::mkfifo(c.as_ptr(), 0o600) }, 0);
-    assert_eq!(
-        File::open(&fifo, &OpenOptions::default()).err().unwrap().raw_os_error(),
-        Some(libc::EINVAL)
-    );
+    assert_eq!(File::open(&fifo, &OpenOptions::default()).err().unwrap().raw_os_error(), Some(libc::EINVAL));
     let sock = d.path().join("s");
     let _l = std::os::unix::net::UnixListener::bind(&sock).unwrap();
     assert!(File::open(&sock, &OpenOptions::default()).is_err());

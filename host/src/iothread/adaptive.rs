@@ -28,7 +28,7 @@ impl Adaptive {
             // Polling caught it.
         } else if block > p.max_ns {
             // Out of reach.
-            self.ns = if p.shrink == 0 { 0 } else { self.ns / p.shrink };
+            self.ns = self.ns.checked_div(p.shrink).unwrap_or(0);
         } else if self.ns < p.max_ns {
             let grown = if self.ns == 0 {
                 START

@@ -34,7 +34,9 @@ pub use transfer::FallocMode;
 pub(crate) use run::{Driver, Ended};
 pub(crate) use stats::Counters;
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
+mod loop_tests;
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 /// Virtual size of an iothread's stack; only what is used is resident.

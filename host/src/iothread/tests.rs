@@ -95,8 +95,8 @@ struct TestSource {
     id: Cell<Option<SourceId>>,
     file: Arc<File>,
     todo: RefCell<Vec<u32>>,
-    bufs: RefCell<Vec<Box<Block>>>,
-    iovs: RefCell<Vec<Box<libc::iovec>>>,
+    bufs: RefCell<Vec<Block>>,
+    iovs: RefCell<Vec<libc::iovec>>,
     done: RefCell<Vec<(u32, i32)>>,
     since_batch: Cell<usize>,
     max_batch: Cell<usize>,
@@ -110,9 +110,9 @@ impl Source for TestSource {
         for slot in &todo {
             let mut bufs = self.bufs.borrow_mut();
             let mut iovs = self.iovs.borrow_mut();
-            let iov = &mut *iovs[*slot as usize];
+            let iov = &mut iovs[*slot as usize];
             *iov = libc::iovec { iov_base: bufs[*slot as usize].0.as_mut_ptr().cast(), iov_len: 512 };
-            // SAFETY: boxed memory that lives as long as the source, which outlives its operations.
+            // SAFETY: the vectors never change their length, and the source outlives its operations.
             let r = unsafe {
                 self.local.submit_fast(
                     self.id.get().unwrap(),
@@ -173,11 +173,9 @@ fn a_kicked_source_reads_through_the_fast_path() {
                     id: Cell::new(None),
                     file: f,
                     todo: RefCell::new(vec![]),
-                    bufs: RefCell::new((0..N).map(|_| Box::new(Block([0u8; 512]))).collect()),
+                    bufs: RefCell::new((0..N).map(|_| Block([0u8; 512])).collect()),
                     iovs: RefCell::new(
-                        (0..N)
-                            .map(|_| Box::new(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }))
-                            .collect(),
+                        (0..N).map(|_| libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }).collect(),
                     ),
                     done: RefCell::new(vec![]),
                     since_batch: Cell::new(0),

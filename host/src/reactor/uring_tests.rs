@@ -48,10 +48,8 @@ fn file() -> (tempfile::TempDir, Arc<File>) {
 
 fn read_many(r: &mut Uring, f: &Arc<File>, count: usize) {
     let mut bufs = vec![[0u8; 8]; count];
-    let iov: Vec<_> = bufs
-        .iter_mut()
-        .map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 8 })
-        .collect();
+    let iov: Vec<_> =
+        bufs.iter_mut().map(|b| libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: 8 }).collect();
     for (i, v) in iov.iter().enumerate() {
         let op = Op::Readv { iov: v, n: 1, off: (i % 8192) as u64 * 8 };
         // SAFETY: `iov` and `bufs` live until every completion was counted below.

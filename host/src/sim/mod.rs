@@ -281,16 +281,14 @@ impl SimReactor {
     fn execute(&self, f: &InFlight) -> (i32, Vec<u8>) {
         let mut op = f.op;
         let mut cut = Vec::new();
-        if let Op::Readv { iov, n, .. } | Op::Writev { iov, n, .. } = &mut op {
-            if let Some(mut left) = f.cut {
-                // SAFETY: readable until the completion (contract of `submit`).
-                for v in unsafe { std::slice::from_raw_parts(*iov, *n as usize) } {
-                    let len = v.iov_len.min(left);
-                    left -= len;
-                    cut.push(libc::iovec { iov_base: v.iov_base, iov_len: len });
-                }
-                *iov = cut.as_ptr();
+        if let (Some(mut left), Op::Readv { iov, n, .. } | Op::Writev { iov, n, .. }) = (f.cut, &mut op) {
+            // SAFETY: readable until the completion (contract of `submit`).
+            for v in unsafe { std::slice::from_raw_parts(*iov, *n as usize) } {
+                let len = v.iov_len.min(left);
+                left -= len;
+                cut.push(libc::iovec { iov_base: v.iov_base, iov_len: len });
             }
+            *iov = cut.as_ptr();
         }
         // SAFETY: the memory is valid until the completion, which comes after this; the Arc keeps the file open.
         let r = unsafe { perform(f.file.raw_fd(), &op, 0) };
