@@ -168,7 +168,8 @@ impl SchemaBuilder {
 
     /// `int` of 64 bits
     pub fn int(&mut self) -> TypeRef {
-        self.builtin("int", Shape::Int(IntType { name: "integer".to_owned(), ..IntType::default() }))
+        let (min, max) = (Some(i64::MIN.into()), Some(i64::MAX.into()));
+        self.builtin("int", Shape::Int(IntType { min, max, name: "integer".to_owned(), size: false }))
     }
 
     /// `number`

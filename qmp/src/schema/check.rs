@@ -1,8 +1,8 @@
 //! Checks a value against a type and types the strings of the command line, with QEMU's words and the full path of the
 //! member that is wrong. Called before serde for every command and option; must not know what the value is for.
 //!
-//! Depth is bounded by the value's own (the JSON parser's and the keyval parser's limits), not by the schema, which may be
-//! recursive.
+//! Depth is bounded by [`MAX_DEPTH`], not by the schema, which may be recursive: what handlers do with a nested
+//! definition costs them stack as well.
 
 use std::fmt::Write;
 
@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 
 use super::{IntType, ObjectType, Schema, Shape, TypeRef};
 use crate::error::QmpError;
+
+/// Objects and arrays a typed value may be nested in.
+pub const MAX_DEPTH: usize = 64;
 
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,16 @@ impl Path<'_> {
         let mut out = String::new();
         self.write(syntax, &mut out);
         out
+    }
+
+    fn depth(&self) -> usize {
+        let mut depth = 0;
+        let mut at = self;
+        while let Path::Member(parent, _) | Path::Element(parent, _) = at {
+            depth += 1;
+            at = parent;
+        }
+        depth
     }
 
     fn write(&self, syntax: Syntax, out: &mut String) {
@@ -84,6 +97,11 @@ impl Checker<'_> {
 
     fn value(&self, ty: TypeRef, value: Value, path: &Path<'_>) -> Result<Value, QmpError> {
         let def = self.schema.get(ty);
+        if path.depth() > MAX_DEPTH {
+            let text =
+                format!("Parameter '{}' is nested more than {MAX_DEPTH} levels deep", path.name(self.syntax));
+            return Err(QmpError::generic(text));
+        }
         match (&def.shape, value) {
             (Shape::Any | Shape::Undefined, value) => Ok(value),
             (Shape::String, value @ Value::String(_)) => Ok(value),
@@ -224,7 +242,10 @@ impl Checker<'_> {
         };
         let Some(given) = given else { return self.wrong(path, "integer") };
         if int.min.is_some_and(|min| given < min) || int.max.is_some_and(|max| given > max) {
-            return Err(QmpError::expects(&path.name(self.syntax), &int.name));
+            return match int.name.as_str() {
+                "integer" => self.wrong(path, "integer"),
+                name => Err(QmpError::expects(&path.name(self.syntax), name)),
+            };
         }
         // The range is at most that of 64 bits, one way or the other.
         match (i64::try_from(given), u64::try_from(given)) {

@@ -16,7 +16,7 @@ pub(crate) mod reference;
 mod tests;
 
 pub use builder::SchemaBuilder;
-pub use check::Syntax;
+pub use check::{MAX_DEPTH, Syntax};
 pub use introspect::{CommandInfo, EventInfo};
 
 /// A type of one schema.

@@ -147,9 +147,8 @@ impl<S: Clone + 'static> Server<S> {
     pub fn poll_at(&mut self, cx: &mut Context<'_>, now: Instant) {
         self.events.set_waker(cx.waker());
         loop {
-            let mut progress = self.run(cx);
+            let mut progress = self.run(cx, now);
             progress |= self.start();
-            // After the answers: a command's events do not overtake those of the command before it.
             progress |= self.deliver(now);
             if !progress {
                 return;
@@ -158,16 +157,21 @@ impl<S: Clone + 'static> Server<S> {
     }
 
     /// Polls what runs.
-    fn run(&mut self, cx: &mut Context<'_>) -> bool {
+    fn run(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
         let mut progress = false;
-        for slot in self.slots.values_mut() {
-            let Some(running) = slot.running.as_mut() else { continue };
-            if let Poll::Ready(result) = step(running, cx) {
-                progress = true;
-                if let Some(running) = slot.running.take() {
-                    self.busy &= !running.exclusive;
-                    slot.session.respond(running.id, result);
-                }
+        let ids: Vec<SessionId> = self.slots.keys().copied().collect();
+        for id in ids {
+            let Some(running) = self.slots.get_mut(&id).and_then(|slot| slot.running.as_mut()) else {
+                continue;
+            };
+            let Poll::Ready(result) = step(running, cx) else { continue };
+            progress = true;
+            // As in QEMU, what a command caused is told before its answer.
+            self.deliver(now);
+            let Some(slot) = self.slots.get_mut(&id) else { continue };
+            if let Some(running) = slot.running.take() {
+                self.busy &= !running.exclusive;
+                slot.session.respond(running.id, result);
             }
         }
         let busy = &mut self.busy;
