@@ -138,6 +138,15 @@ impl Chain {
         if needed > have { Err(AccessError::TooShort { needed, have }) } else { Ok(()) }
     }
 
+    /// Asks the cache for the two lines every request touches: its first readable and its last writable byte. The driver
+    /// wrote them on another processor a moment ago; asked for early, several requests' worth arrive at the same time.
+    #[inline(always)]
+    pub fn prefetch(&self) {
+        for iov in [self.readable().first(), self.writable().last()].into_iter().flatten() {
+            crate::layout::prefetch(iov.base());
+        }
+    }
+
     /// Copies the first bytes of the readable part and takes them off: for a header, which a driver may have spread
     /// over any number of descriptors.
     ///

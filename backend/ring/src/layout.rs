@@ -182,7 +182,7 @@ impl Rings {
 
 /// Asks the cache for the line at `at`, wherever that is.
 #[inline(always)]
-fn prefetch(at: *const u8) {
+pub(crate) fn prefetch(at: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     // SAFETY: a prefetch is a hint: it never faults and changes nothing a program can see, whatever the address.
     unsafe {

@@ -19,6 +19,9 @@ use super::config::feature;
 use super::device::{BlkDevice, Call, IoErrorReport, RingSetup};
 use super::request::{self, HEADER_LEN, Kind, Range, Status};
 
+/// Chains unpacked before the first of their headers is read.
+const GROUP: usize = 16;
+
 thread_local! {
     /// The queues of this iothread.
     static WORKERS: RefCell<HashMap<u64, Rc<QueueWorker>>> = RefCell::new(HashMap::new());
@@ -165,6 +168,25 @@ pub fn pause(key: u64) -> impl Future<Output = ()> + 'static {
 }
 
 impl Inner {
+    /// Unpacks the next chain into a slot; `None` when there is none.
+    #[inline]
+    fn take(&mut self) -> Result<Option<u32>, String> {
+        let Inner { queue, slots, .. } = self;
+        let mut popped = Ok(false);
+        let taken = slots.take(|chain| {
+            popped = queue.pop(chain);
+            let got = matches!(popped, Ok(true));
+            if got {
+                chain.prefetch();
+            }
+            got
+        });
+        match popped {
+            Ok(_) => Ok(taken),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
     #[inline]
     fn active(&self) -> bool {
         self.enabled && !self.quiesced && !self.stopping && !self.broken
@@ -380,6 +402,12 @@ impl QueueWorker {
         // Fails for a head that is not in flight, which a taken slot's always is.
         let _ = queue.push_used(head, (filled + 1).min(u64::from(u32::MAX)) as u32);
         inner.unpublished = true;
+        self.free(inner, slot);
+    }
+
+    /// Gives a slot back, and tells who waits for the last one.
+    #[inline]
+    fn free(&self, inner: &mut Inner, slot: u32) {
         let retired = inner.slots.release(slot);
         if retired.is_some() {
             self.unmap(retired);
@@ -490,30 +518,41 @@ impl Source for QueueWorker {
         if !inner.active() {
             return false;
         }
-        let mut now = 0;
-        let mut count = 0;
         let mut error = None;
         match inner.queue.fetch() {
             Ok(0) => return false,
             Ok(_) => {}
             Err(e) => error = Some(e.to_string()),
         }
+        let now = self.local.now();
+        let mut count = 0;
+        // A handful of chains is unpacked before the first header is read: their lines, which another processor wrote,
+        // are then on their way all at once.
+        let mut group = [0; GROUP];
         while error.is_none() {
-            let Inner { queue, slots, .. } = &mut *inner;
-            let mut popped = Ok(false);
-            let taken = slots.take(|chain| {
-                popped = queue.pop(chain);
-                matches!(popped, Ok(true))
-            });
-            let Some(slot) = taken else {
-                error = popped.err().map(|e| e.to_string());
-                break;
-            };
-            if count == 0 {
-                now = self.local.now();
+            let mut taken = 0;
+            for place in &mut group {
+                match inner.take() {
+                    Ok(Some(slot)) => *place = slot,
+                    Ok(None) => break,
+                    Err(e) => {
+                        error = Some(e);
+                        break;
+                    }
+                }
+                taken += 1;
             }
-            count += 1;
-            error = self.begin(&mut inner, slot, now).err();
+            // What came before a broken chain is served.
+            for &slot in group.iter().take(taken) {
+                if let Err(e) = self.begin(&mut inner, slot, now) {
+                    error.get_or_insert(e);
+                    self.free(&mut inner, slot);
+                }
+            }
+            count += taken as u64;
+            if taken < GROUP {
+                break;
+            }
         }
         drop(inner);
         self.local.note_requests(count);
