@@ -8,7 +8,7 @@
 //! | [`iothread`] | the thread: its loop, its handle, and [`Local`], what code running on it may do |
 //! | [`exec`] | the single-threaded executor, and the one the main thread runs |
 //! | [`mailbox`] | how other threads reach a sleeping one |
-//! | [`file`] | open files: alignment, sizes, OFD locks |
+//! | [`mod@file`] | open files: alignment, sizes, OFD locks |
 //! | [`buf`] | scatter lists over memory that may change under us |
 //! | [`pool`] | threads for calls that block |
 //! | [`sync`] | oneshot, mutex, wait queue, event: usable across executors |

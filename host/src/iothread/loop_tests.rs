@@ -328,10 +328,10 @@ fn dropping_the_last_handle_ends_the_thread() {
     let t = start(Engine::Auto);
     let ended = Arc::new(());
     let weak = Arc::downgrade(&ended);
-    let _ = t.call(move |_| async move {
+    drop(t.call(move |_| async move {
         let _held = ended;
         std::future::pending::<()>().await;
-    });
+    }));
     drop(t.clone());
     assert_eq!(t.call_blocking(|_| async { 1 }), Ok(1));
     drop(t);

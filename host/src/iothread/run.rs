@@ -72,20 +72,21 @@ impl Driver {
     /// One turn, with the sleep after it if there was nothing to do.
     pub(crate) fn step(&mut self) -> Ended {
         // Tasks catch their own panics; what arrives here comes from a source or a posted call. The thread serves others too.
-        match catch_unwind(AssertUnwindSafe(|| self.turn())) {
-            Ok(true) => Ended::Not,
-            Ok(false) => {
+        let step = catch_unwind(AssertUnwindSafe(|| {
+            if !self.turn() {
                 if self.stopping && self.local.is_quiet() {
                     return Ended::Stopped;
                 }
                 self.idle();
-                Ended::Not
             }
-            Err(p) => {
-                log::error!("a callback of an iothread panicked: {}", panic_text(p.as_ref()));
-                Ended::Not
-            }
-        }
+            Ended::Not
+        }));
+        step.unwrap_or_else(|p| {
+            log::error!("a callback of an iothread panicked: {}", panic_text(p.as_ref()));
+            // It may have struck between the announcement of sleep and its end.
+            self.local.inner().inbox.awake();
+            Ended::Not
+        })
     }
 
     /// True if there was something to do.
