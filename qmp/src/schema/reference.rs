@@ -28,20 +28,24 @@ pub(crate) fn markdown(schema: &Schema, commands: &[CommandInfo], events: &[Even
         }
     }
     if !events.is_empty() {
+        page.line("");
         page.line("## Events");
         for e in events {
             page.heading(&e.name, &e.doc);
             page.fields("Data", e.data);
         }
     }
+    page.line("");
     page.line("## Types");
     while let Some(ty) = page.todo.pop() {
         page.describe(ty);
     }
     let mut out = page.out;
-    while out.ends_with("\n\n") {
-        out.pop();
+    while out.contains("\n\n\n") {
+        out = out.replace("\n\n\n", "\n\n");
     }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
     out
 }
 
