@@ -15,7 +15,7 @@ pub enum Aio {
     /// in QEMU.
     #[serde(rename = "native")]
     Native,
-    /// io_uring.
+    /// io_uring; worker threads on an iothread that has none.
     #[serde(rename = "io_uring")]
     IoUring,
 }

@@ -11,7 +11,7 @@ impl Rng {
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -21,7 +21,7 @@ impl Rng {
 
     /// A number below `n`; 0 for 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        if n == 0 { 0 } else { self.next() % n }
+        if n == 0 { 0 } else { self.bits() % n }
     }
 
     /// True once in `n` times.
@@ -33,7 +33,7 @@ impl Rng {
     pub fn data(&mut self, len: u64) -> Vec<u8> {
         let mut data = Vec::with_capacity(len as usize + 8);
         while data.len() < len as usize {
-            data.extend_from_slice(&(self.next() | 0x0101_0101_0101_0101).to_le_bytes());
+            data.extend_from_slice(&(self.bits() | 0x0101_0101_0101_0101).to_le_bytes());
         }
         data.truncate(len as usize);
         data

@@ -134,8 +134,7 @@ impl Session {
         if let Some(root) = self.root.take() {
             block_on(root.detach());
         }
-        let deleted = block_on(self.graph.blockdev_del(NODE)).map_err(|e| format!("blockdev-del: {e}"));
-        deleted
+        block_on(self.graph.blockdev_del(NODE)).map_err(|e| format!("blockdev-del: {e}"))
     }
 }
 

@@ -59,7 +59,7 @@ impl Load {
     /// Writes and reads back until told to stop.
     async fn work(self: Arc<Self>, io: NodeIo, generation: u64, task: u64, tasks: u64, kept: bool) {
         let mut rng = Rng::new(generation * 1000 + task);
-        let way = if task % 2 == 0 { Way::Driven } else { Way::Mapped };
+        let way = if task.is_multiple_of(2) { Way::Driven } else { Way::Mapped };
         let local = io.local().clone();
         let client = Client { io, way };
         let stretch = (client.io.size() / tasks).min(64 << 10);

@@ -41,14 +41,17 @@ enum Flaw {
     Races,
 }
 
+/// One image.
+type Image = Arc<Mutex<Vec<u8>>>;
+
 /// The images, by directory.
-fn images() -> &'static Mutex<HashMap<String, Arc<Mutex<Vec<u8>>>>> {
-    static IMAGES: OnceLock<Mutex<HashMap<String, Arc<Mutex<Vec<u8>>>>>> = OnceLock::new();
+fn images() -> &'static Mutex<HashMap<String, Image>> {
+    static IMAGES: OnceLock<Mutex<HashMap<String, Image>>> = OnceLock::new();
     IMAGES.get_or_init(Mutex::default)
 }
 
 struct Memory {
-    bytes: Arc<Mutex<Vec<u8>>>,
+    bytes: Image,
     flaw: Flaw,
 }
 
