@@ -524,7 +524,8 @@ impl Source for QueueWorker {
             Ok(_) => {}
             Err(e) => error = Some(e.to_string()),
         }
-        let now = self.local.now();
+        // Read when this turn began, or after the sleep before it.
+        let now = self.local.coarse_now();
         let mut count = 0;
         // A handful of chains is unpacked before the first header is read: their lines, which another processor wrote,
         // are then on their way all at once.

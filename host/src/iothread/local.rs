@@ -107,10 +107,10 @@ impl Local {
 
     /// Nanoseconds of a monotonic clock (a virtual one in simulations).
     pub fn now(&self) -> u64 {
-        self.0.clock.now()
+        self.refresh_clock()
     }
 
-    /// [`Local::now`] as of the begin of this turn: free of charge.
+    /// The time as last read on this thread, in this turn or after the last sleep: free of charge.
     #[inline]
     pub fn coarse_now(&self) -> u64 {
         self.0.coarse.get()
@@ -247,16 +247,16 @@ impl Local {
         self.0.turn_ops.set(self.0.turn_ops.get().saturating_add(1));
     }
 
-    /// A turn begins: what the last one started says how full the next will be.
+    /// A turn begins: what the last one started says how full the next will be. `stale`: read the clock.
     #[inline]
-    pub(crate) fn begin_turn(&self) -> u64 {
+    pub(crate) fn begin_turn(&self, stale: bool) -> u64 {
         let n = self.0.turn_ops.replace(0);
         if n > 0 {
             // Turns that start nothing (only completions arrived) say nothing.
             self.0.last_ops.set(n);
             self.0.counters.ops.add(u64::from(n));
         }
-        self.refresh_clock()
+        if stale { self.refresh_clock() } else { self.coarse_now() }
     }
 
     /// First use of a file on this thread.

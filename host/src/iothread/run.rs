@@ -37,6 +37,9 @@ pub(crate) struct Driver {
     /// Completions fetched and not yet delivered, in reverse order. Outlives a panic of their receiver.
     fetched: Vec<(Token, i32)>,
     failures: u32,
+    /// Time may have passed unseen (a sleep, a wait in memory, tasks): the next turn reads the clock. At depth 1 the clock
+    /// is what a turn costs most.
+    stale: bool,
 }
 
 impl Drop for Driver {
@@ -61,6 +64,7 @@ impl Driver {
             mail: Vec::new(),
             fetched: Vec::with_capacity(BATCH),
             failures: 0,
+            stale: true,
         }
     }
 
@@ -93,7 +97,7 @@ impl Driver {
     fn turn(&mut self) -> bool {
         let local = self.local.clone();
         let inner = local.inner();
-        let now = local.begin_turn();
+        let now = local.begin_turn(std::mem::replace(&mut self.stale, false));
         let mut progress = false;
         if inner.inbox.has_mail() || !self.mail.is_empty() {
             progress = true;
@@ -103,10 +107,14 @@ impl Driver {
         progress |= self.poll_sources();
         if inner.exec.run_ready() > 0 {
             progress = true;
+            self.stale = true;
             self.end_batches();
         }
         self.enter(Wait::No);
-        progress |= self.deliver();
+        if self.deliver() {
+            progress = true;
+            self.stale = true;
+        }
         if progress {
             inner.counters.turns.add(1);
         }
@@ -263,11 +271,13 @@ impl Driver {
         let inner = local.inner();
         let params = self.poll.get();
         let is_virtual = inner.reactor.borrow().is_virtual();
-        let begin = local.now();
+        // The turn that found nothing has just read it, or one before it that did nothing else.
+        let begin = local.coarse_now();
+        self.stale = true;
         let budget = if is_virtual { 0 } else { self.adaptive.current(&params) };
         if budget > 0 && self.spin(begin, budget) {
+            // Found within the present budget: nothing for the adaptive rule to learn.
             inner.counters.poll_hits.add(1);
-            self.adaptive.update(&params, local.now().saturating_sub(begin));
             return;
         }
         if self.arm_sources() || !inner.inbox.prepare_sleep() {
