@@ -313,7 +313,8 @@ pub struct DriverInfo {
 /// iothread, many at a time; the others on the main thread.
 ///
 /// The asynchronous methods are called through [`NodeIo`], which has checked bounds, aligned the request to
-/// `request_alignment` and split it to the maxima. They reach children by `io.child(index)`. They must finish: dropping a
+/// `request_alignment` and split it to the maxima. They reach children by `io.child(index)`, and never call `io` itself for
+/// their own node: such a request could wait for a misaligned neighbour that waits for the outer one. They must finish: dropping a
 /// future in the middle is not something the graph does outside of tearing down a process.
 pub trait Driver: Send + Sync + 'static {
     /// Where a range lives; the hot path. Must not block, allocate, or take a lock that is held across waiting.
@@ -326,7 +327,8 @@ pub trait Driver: Send + Sync + 'static {
     /// sections.
     fn limits(&self) -> Limits;
 
-    /// Fills `bufs` from `offset`. The range is inside the node.
+    /// Fills `bufs` from `offset`. The range is inside the node, but for its end: where the size is no multiple of
+    /// `request_alignment` the last block may be asked for as a whole; what is not there reads as zeroes.
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()>;
 
     /// Writes `bufs` at `offset`. Past the end only where the writer holds RESIZE. [`WriteFlags::FUA`] arrives only if
@@ -411,7 +413,7 @@ pub fn not_supported<'a, T: 'a>() -> BoxFut<'a, T> {
     Box::pin(std::future::ready(Err(BlockError::errno_only(Errno::ENOTSUP))))
 }
 
-/// What sort of driver it is; decides the options its inline children inherit.
+/// What sort of driver it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DriverKind {
     /// Ends the graph: a file, a device, a network peer.
@@ -470,5 +472,18 @@ impl Registry {
     /// All drivers, in the order they were registered.
     pub fn iter(&self) -> impl Iterator<Item = &DriverDef> {
         self.drivers.iter()
+    }
+}
+
+impl std::fmt::Debug for Map<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Map::Child { child, offset, len } => write!(f, "Child {child} at {offset}+{len}"),
+            Map::File { offset, len, .. } => write!(f, "File at {offset}+{len}"),
+            Map::Zero { len } => write!(f, "Zero {len}"),
+            Map::Done { len } => write!(f, "Done {len}"),
+            Map::Drive => f.write_str("Drive"),
+            Map::Error(errno) => write!(f, "Error({errno})"),
+        }
     }
 }

@@ -76,8 +76,20 @@ pub enum Target<'a> {
     Error(Errno),
 }
 
+impl std::fmt::Debug for Target<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::File { offset, .. } => write!(f, "File at {offset}"),
+            Target::Zero => f.write_str("Zero"),
+            Target::Done => f.write_str("Done"),
+            Target::Drive => f.write_str("Drive"),
+            Target::Error(errno) => write!(f, "Error({errno})"),
+        }
+    }
+}
+
 /// Answer of [`View::resolve`].
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Resolved<'a> {
     /// Where the request goes.
     pub target: Target<'a>,

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use super::change::{add_edge, drop_edge, remove_edge};
 use super::{Graph, MAX_NODES, Slot, State, perms};
 use crate::drain::{NoSource, SourceGate};
-use crate::driver::{BoxFut, Driver, DriverDef, DriverKind};
+use crate::driver::{BoxFut, Driver, DriverDef};
 use crate::edge::{Edge, Parent, RootInfo};
 use crate::error::{BlockError, Errno, Result};
 use crate::ids::{EdgeId, NodeId, check_node_name};
@@ -53,7 +53,6 @@ struct Opening {
     graph: Graph,
     name: String,
     options: NodeOptions,
-    kind: DriverKind,
     depth: usize,
     /// The provisional edges by child index.
     children: Vec<EdgeId>,
@@ -110,9 +109,9 @@ impl OpenContext {
         reference: BlockdevRef,
         meanwhile: PermPair,
     ) -> Result<usize> {
-        let (graph, kind, depth) = {
+        let (graph, depth) = {
             let opening = self.opening.borrow();
-            (opening.graph.clone(), opening.kind, opening.depth)
+            (opening.graph.clone(), opening.depth)
         };
         let child = match reference {
             BlockdevRef::Reference(name) => {
@@ -120,7 +119,7 @@ impl OpenContext {
                 found.ok_or_else(|| no_such_reference(&name))?
             }
             BlockdevRef::Inline(options) => {
-                let inherited = inherit(&self.options, roles, kind);
+                let inherited = inherit(&self.options, roles);
                 graph.open_node(options, inherited, depth + 1).await?
             }
         };
@@ -183,7 +182,7 @@ fn no_such_reference(name: &str) -> BlockError {
 }
 
 /// What an inline child takes from its parent where the user said nothing.
-fn inherit(parent: &NodeOptions, roles: Roles, _kind: DriverKind) -> NodeOptions {
+fn inherit(parent: &NodeOptions, roles: Roles) -> NodeOptions {
     let cow = roles.contains(Roles::COW);
     NodeOptions {
         read_only: cow || parent.read_only,
@@ -265,7 +264,6 @@ impl Graph {
                 graph: self.clone(),
                 name: name.clone(),
                 options: effective,
-                kind: def.kind,
                 depth,
                 children: Vec::new(),
             }));

@@ -23,9 +23,13 @@
 //! Lock order: `list` is a leaf; wakers are called after it is released.
 
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::{Poll, Waker};
+
+#[cfg(loom)]
+use loom::sync::{Mutex, MutexGuard, atomic::AtomicUsize, atomic::Ordering::SeqCst};
+#[cfg(not(loom))]
+use std::sync::{Mutex, MutexGuard, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 
 #[derive(Default)]
 struct List {
@@ -80,6 +84,7 @@ impl Tracker {
         if !serialising {
             self.counted.fetch_add(1, SeqCst);
             let token = Token { tracker: self, entry: None };
+            between();
             // Pairs with the read of `counted` in the wait below, see the head of this file.
             if self.serialising.load(SeqCst) == 0 {
                 return token;
@@ -87,6 +92,7 @@ impl Tracker {
         }
         if serialising {
             self.serialising.fetch_add(1, SeqCst);
+            between();
         }
         let token = {
             let mut list = self.list();
@@ -128,8 +134,10 @@ impl Drop for Token<'_> {
         let tracker = self.tracker;
         match self.entry {
             None => {
+                let last = tracker.counted.fetch_sub(1, SeqCst) == 1;
+                between();
                 // If this reads 0 the serialising write has yet to add itself, and will see `counted` without us.
-                if tracker.counted.fetch_sub(1, SeqCst) == 1 && tracker.serialising.load(SeqCst) != 0 {
+                if last && tracker.serialising.load(SeqCst) != 0 {
                     let waiters = std::mem::take(&mut tracker.list().waiters);
                     tracker.wake(waiters);
                 }
@@ -147,6 +155,12 @@ impl Drop for Token<'_> {
             }
         }
     }
+}
+
+/// Loom takes sequentially consistent accesses for weaker ones unless a fence stands between them.
+fn between() {
+    #[cfg(loom)]
+    loom::sync::atomic::fence(SeqCst);
 }
 
 #[cfg(test)]

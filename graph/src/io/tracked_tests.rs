@@ -2,12 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicI64;
-use std::task::{Context, Waker};
+#[cfg(not(loom))]
+use std::sync::{Arc, atomic::AtomicI64};
+#[cfg(not(loom))]
+use std::task::Context;
 
 use super::*;
 
+#[cfg(not(loom))]
 #[test]
 fn nobody_is_inside_with_a_serialising_write() {
     const BLOCKS: usize = 4;
@@ -51,6 +53,7 @@ fn nobody_is_inside_with_a_serialising_write() {
     assert!(tracker.is_idle());
 }
 
+#[cfg(not(loom))]
 #[test]
 fn a_wait_that_is_dropped_leaves_no_trace() {
     let tracker = Tracker::default();
@@ -69,4 +72,64 @@ fn a_wait_that_is_dropped_leaves_no_trace() {
     }
     drop(held);
     assert!(tracker.is_idle());
+}
+
+/// Run with `RUSTFLAGS="--cfg loom" cargo test -p ringblk-graph --lib --release loom_`.
+#[cfg(loom)]
+mod loom_models {
+    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Each thread enters with its kind (serialising or not); nobody else is inside with a serialising one, and all end.
+    fn model(kinds: &'static [bool]) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(if kinds.len() > 2 { 2 } else { 3 });
+        builder.check(move || {
+            let tracker = Arc::new(Tracker::default());
+            let inside = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+            let enter = move |tracker: &Tracker, inside: &(AtomicUsize, AtomicUsize), serialising: bool| {
+                let token = loom::future::block_on(tracker.begin(0, 512, serialising));
+                let (shared, alone) = inside;
+                if serialising {
+                    assert_eq!(alone.fetch_add(1, SeqCst), 0);
+                    loom::sync::atomic::fence(SeqCst);
+                    assert_eq!(shared.load(SeqCst), 0);
+                    alone.fetch_sub(1, SeqCst);
+                } else {
+                    shared.fetch_add(1, SeqCst);
+                    loom::sync::atomic::fence(SeqCst);
+                    assert_eq!(alone.load(SeqCst), 0);
+                    shared.fetch_sub(1, SeqCst);
+                }
+                drop(token);
+            };
+            let threads: Vec<_> = kinds[1..]
+                .iter()
+                .map(|kind| {
+                    let (tracker, inside) = (Arc::clone(&tracker), Arc::clone(&inside));
+                    loom::thread::spawn(move || enter(&tracker, &inside, *kind))
+                })
+                .collect();
+            enter(&tracker, &inside, kinds[0]);
+            threads.into_iter().for_each(|t| t.join().unwrap());
+            assert!(tracker.is_idle());
+        });
+    }
+
+    #[test]
+    fn loom_an_aligned_write_beside_a_serialising_one() {
+        model(&[false, true]);
+    }
+
+    #[test]
+    fn loom_two_serialising_writes() {
+        model(&[true, true]);
+    }
+
+    #[test]
+    fn loom_three_writes() {
+        model(&[false, true, false]);
+    }
 }
