@@ -116,7 +116,7 @@ fn check(sector: u64, len: u64, config: &DeviceConfig) -> Result<u64, Status> {
 /// IOERR for a torn range, none, or more than were announced.
 pub fn range_count(readable: u64) -> Result<usize, Status> {
     let count = readable / RANGE_LEN as u64;
-    if readable % RANGE_LEN as u64 != 0 || count == 0 || count > u64::from(MAX_RANGE_SEGMENTS) {
+    if !readable.is_multiple_of(RANGE_LEN as u64) || count == 0 || count > u64::from(MAX_RANGE_SEGMENTS) {
         return Err(Status::IoErr);
     }
     Ok(count as usize)

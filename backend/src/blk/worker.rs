@@ -39,11 +39,15 @@ struct InFlight {
     /// Stamp of the batch it came with, ns.
     start: u64,
     path: Path,
+    /// Where in the last node of the path it went, bytes.
+    leaf: u64,
 }
 
 /// A request that ended in this batch, to be accounted once the batch has its time stamp.
 struct Ended {
     op: Op,
+    /// Where it began, bytes: in the first node of the path, and in the last one.
+    offsets: [u64; 2],
     bytes: u64,
     start: u64,
     path: Path,
@@ -327,6 +331,7 @@ impl QueueWorker {
         data.path = resolved.path;
         match resolved.target {
             Target::File { file, offset } => {
+                data.leaf = offset;
                 let (part, fast) = match op {
                     Op::Read => (Part::Writable, FastOp::Readv),
                     _ => (Part::Readable, FastOp::Writev { dsync: false }),
@@ -388,16 +393,24 @@ impl QueueWorker {
             // Fails for a chain without a status byte, which was refused when it came.
             let _ = s.chain().write_last(memory, status as u8);
         }
-        let (op, bytes) = match s.data.kind {
-            Some(Kind::Read { len, .. }) => (Some(Op::Read), len),
-            Some(Kind::Write { len, .. }) => (Some(Op::Write), len),
+        let (op, offset, bytes) = match s.data.kind {
+            Some(Kind::Read { offset, len }) => (Some(Op::Read), offset, len),
+            Some(Kind::Write { offset, len }) => (Some(Op::Write), offset, len),
             // Driven ones are accounted where they are driven.
-            _ => (None, 0),
+            _ => (None, 0, 0),
         };
         if let Some(op) = op
             && !s.data.path.nodes().is_empty()
         {
-            ended.push(Ended { op, bytes, start: s.data.start, path: s.data.path, ok: status == Status::Ok });
+            let offsets = [offset, s.data.leaf];
+            ended.push(Ended {
+                op,
+                offsets,
+                bytes,
+                start: s.data.start,
+                path: s.data.path,
+                ok: status == Status::Ok,
+            });
         }
         // Fails for a head that is not in flight, which a taken slot's always is.
         let _ = queue.push_used(head, (filled + 1).min(u64::from(u32::MAX)) as u32);
@@ -572,7 +585,7 @@ impl Source for QueueWorker {
 
     fn end_batch(&self) {
         let mut inner = self.inner.borrow_mut();
-        let Inner { queue, io, ended, call, unpublished, force_signal, .. } = &mut *inner;
+        let Inner { queue, slots, io, ended, call, unpublished, force_signal, .. } = &mut *inner;
         if !*unpublished && !*force_signal {
             return;
         }
@@ -590,7 +603,14 @@ impl Source for QueueWorker {
             shards.tick(now);
             for e in ended.drain(..) {
                 shards.account(&e.path, e.op, e.bytes, now.saturating_sub(e.start), e.ok);
+                if e.op == Op::Write && e.ok {
+                    let ends = [e.path.nodes().first(), e.path.nodes().last()];
+                    for (node, offset) in ends.into_iter().zip(e.offsets) {
+                        shards.note_write_end(node.map_or(0, |n| usize::from(*n)), offset + e.bytes);
+                    }
+                }
             }
+            shards.set_in_flight(slots.in_flight().into());
         }
     }
 

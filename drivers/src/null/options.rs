@@ -12,6 +12,7 @@ pub struct NullOptions {
     /// Size of the node in bytes, rounded up to a multiple of 512; 0 to 2^63 - 512, default: 1 GiB (1073741824).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
+    #[schemars(extend("format" = "size"))]
     pub size: Option<i64>,
     /// How long every request takes, in nanoseconds; 0 to 2^63 - 1, default: 0, which completes requests at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]

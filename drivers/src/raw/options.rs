@@ -16,10 +16,12 @@ pub struct RawOptions {
     /// anything, but requests are slow where it is not a multiple of the block size of `file`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
+    #[schemars(extend("format" = "size"))]
     pub offset: Option<i64>,
     /// Size of the node in bytes, a multiple of 512; default: up to the end of `file`, wherever that is. A node with a
     /// size given cannot be resized.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
+    #[schemars(extend("format" = "size"))]
     pub size: Option<i64>,
 }
