@@ -76,11 +76,7 @@ struct NullOptions {
     read_zeroes: Option<bool>,
 }
 
-fn table() -> Rc<CommandTable<()>> {
-    let mut commands = Commands::new(Version::default(), |()| {});
-    commands
-        .register("blockdev-del", "", |(), _: BlockdevDel| async { Err::<(), _>(QmpError::generic("ran")) });
-    let b = commands.schema();
+fn blockdev_options(b: &mut SchemaBuilder) -> TypeRef {
     let (string, int) = (b.string(), b.int());
     let options = b.named("BlockdevOptions");
     let child = b.alternate("BlockdevRef", "", vec![options, string]);
@@ -91,13 +87,22 @@ fn table() -> Rc<CommandTable<()>> {
         ("raw".to_owned(), raw(b, child, int), String::new()),
         ("quorum".to_owned(), quorum(b, child, int), String::new()),
     ];
-    let options = b.union("BlockdevOptions", "", "driver", base, variants);
+    b.union("BlockdevOptions", "", "driver", base, variants)
+}
+
+fn reopen(b: &mut SchemaBuilder) -> TypeRef {
+    let options = blockdev_options(b);
     let list = b.array(options);
-    let reopen = object(b, "Reopen", vec![("options", list, false)]);
-    let empty = b.empty();
+    object(b, "Reopen", vec![("options", list, false)])
+}
+
+fn table() -> Rc<CommandTable<()>> {
+    let mut commands = Commands::new(Version::default(), |()| {});
+    commands
+        .register("blockdev-del", "", |(), _: BlockdevDel| async { Err::<(), _>(QmpError::generic("ran")) });
     let ran = |(), _| std::future::ready(Err(QmpError::generic("ran")));
-    commands.register_value("blockdev-add", "", options, empty, ran);
-    commands.register_value("blockdev-reopen", "", reopen, empty, ran);
+    commands.register_value("blockdev-add", "", blockdev_options, SchemaBuilder::empty, ran);
+    commands.register_value("blockdev-reopen", "", reopen, SchemaBuilder::empty, ran);
     let table = commands.finish();
     assert_eq!(table.schema().problems(), &[] as &[String]);
     table

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{Commands, NoArguments};
 use crate::error::QmpError;
+use crate::schema::SchemaBuilder;
 
 /// Optional parts of the protocol a client may switch on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -174,10 +175,10 @@ pub(super) fn register<S: Clone + 'static>(commands: &mut Commands<S>, quit: imp
             }
         },
     );
-    let none = commands.schema().object_from::<NoArguments>();
+    let none = |b: &mut SchemaBuilder| b.object_from::<NoArguments>();
 
     let version = commands.version.to_value();
-    let returns = commands.schema().returns::<VersionInfo>();
+    let returns = |b: &mut SchemaBuilder| b.returns::<VersionInfo>();
     commands
         .register_value("query-version", "The version of this process.", none, returns, move |_, _| {
             std::future::ready(Ok(version.clone()))
@@ -185,26 +186,26 @@ pub(super) fn register<S: Clone + 'static>(commands: &mut Commands<S>, quit: imp
         .concurrent();
 
     let catalogue = commands.catalogue.clone();
-    let returns = commands.schema().returns::<Vec<CommandName>>();
+    let returns = |b: &mut SchemaBuilder| b.returns::<Vec<CommandName>>();
     commands
         .register_value("query-commands", "The names of all commands.", none, returns, move |_, _| {
-            std::future::ready(Ok(catalogue.names.get().cloned().unwrap_or_default()))
+            std::future::ready(Ok(catalogue.names()))
         })
         .concurrent();
 
     let catalogue = commands.catalogue.clone();
-    let returns = commands.schema().returns::<Vec<SchemaInfo>>();
+    let returns = |b: &mut SchemaBuilder| b.returns::<Vec<SchemaInfo>>();
     commands
         .register_value(
             "query-qmp-schema",
             "The commands, events and types of this process. Generated from the structures that parse them.",
             none,
             returns,
-            move |_, _| std::future::ready(Ok(catalogue.introspection.get().cloned().unwrap_or_default())),
+            move |_, _| std::future::ready(Ok(catalogue.introspection())),
         )
         .concurrent();
 
-    let returns = commands.schema().empty();
+    let returns = SchemaBuilder::empty;
     commands.register_value(
         "quit",
         "Ends the process in an orderly way: exports are closed, requests finished, data flushed.",

@@ -28,6 +28,9 @@ pub type HandlerFuture = Pin<Box<dyn Future<Output = Result<Value, QmpError>>>>;
 
 type Handler<S> = Rc<dyn Fn(S, Value) -> HandlerFuture>;
 
+/// Makes a type. Called when the type is first needed: converting all of them would be half of the process's start.
+type TypeFn = Rc<dyn Fn(&mut SchemaBuilder) -> TypeRef>;
+
 /// What the process says it is, in the greeting and in `query-version`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
@@ -53,18 +56,37 @@ impl Version {
 
 /// One registered command.
 pub struct Command<S> {
-    info: CommandInfo,
+    decl: Rc<Declaration>,
     concurrent: bool,
     handler: Handler<S>,
+    /// Its argument type, in a schema of its own.
+    own: OnceCell<(Schema, TypeRef)>,
+}
+
+/// A command as it was registered.
+struct Declaration {
+    name: String,
+    doc: String,
+    args: TypeFn,
+    returns: TypeFn,
 }
 
 impl<S> std::fmt::Debug for Command<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Command").field("name", &self.info.name).finish_non_exhaustive()
+        f.debug_struct("Command").field("name", &self.decl.name).finish_non_exhaustive()
     }
 }
 
 impl<S> Command<S> {
+    fn args(&self) -> (&Schema, TypeRef) {
+        let (schema, args) = self.own.get_or_init(|| {
+            let mut builder = SchemaBuilder::new();
+            let args = (self.decl.args)(&mut builder);
+            (builder.finish(), args)
+        });
+        (schema, *args)
+    }
+
     /// Lets the command run while another session's command is still waiting for something. For queries and whatever else
     /// never waits itself; all others run one at a time, as in QEMU.
     pub fn concurrent(&mut self) -> &mut Self {
@@ -73,19 +95,79 @@ impl<S> Command<S> {
     }
 }
 
+/// All types of a process, made when somebody asks for them.
+#[derive(Default)]
+struct Types {
+    commands: Vec<Rc<Declaration>>,
+    events: Vec<(&'static str, &'static str, TypeFn)>,
+    full: OnceCell<Full>,
+}
+
+impl std::fmt::Debug for Types {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Types").field("commands", &self.commands.len()).finish_non_exhaustive()
+    }
+}
+
+struct Full {
+    schema: Schema,
+    commands: Vec<CommandInfo>,
+    events: Vec<EventInfo>,
+    introspection: Value,
+}
+
+impl Types {
+    fn full(&self) -> &Full {
+        self.full.get_or_init(|| {
+            let mut b = SchemaBuilder::new();
+            let commands: Vec<CommandInfo> = self
+                .commands
+                .iter()
+                .map(|d| CommandInfo {
+                    name: d.name.clone(),
+                    doc: d.doc.clone(),
+                    args: (d.args)(&mut b),
+                    returns: (d.returns)(&mut b),
+                })
+                .collect();
+            let events: Vec<EventInfo> = self
+                .events
+                .iter()
+                .map(|(name, doc, data)| EventInfo {
+                    name: (*name).to_owned(),
+                    doc: (*doc).to_owned(),
+                    data: data(&mut b),
+                })
+                .collect();
+            let schema = b.finish();
+            let introspection = introspect::introspect(&schema, &commands, &events);
+            Full { schema, commands, events, introspection }
+        })
+    }
+}
+
 /// What only the closed table can tell its own built-in commands.
 #[derive(Debug, Default)]
 struct Catalogue {
-    names: OnceCell<Value>,
-    introspection: OnceCell<Value>,
+    types: OnceCell<Rc<Types>>,
+}
+
+impl Catalogue {
+    fn names(&self) -> Value {
+        let names = self.types.get().map(|t| t.commands.iter().map(|d| json!({"name": d.name})).collect());
+        Value::Array(names.unwrap_or_default())
+    }
+
+    fn introspection(&self) -> Value {
+        self.types.get().map(|t| t.full().introspection.clone()).unwrap_or_default()
+    }
 }
 
 /// The registry while it is being filled. `S` is the state handlers work on: cheap to clone, usually an `Rc`.
 #[derive(Debug)]
 pub struct Commands<S> {
-    schema: SchemaBuilder,
     commands: Vec<Command<S>>,
-    events: Vec<EventInfo>,
+    types: Types,
     version: Version,
     catalogue: Rc<Catalogue>,
 }
@@ -94,20 +176,10 @@ impl<S: Clone + 'static> Commands<S> {
     /// A registry with the built-in commands: `qmp_capabilities`, `query-version`, `query-commands`, `query-qmp-schema`
     /// and `quit`, which calls `quit` and is answered first.
     pub fn new(version: Version, quit: impl Fn(&S) + 'static) -> Self {
-        let mut commands = Commands {
-            schema: SchemaBuilder::new(),
-            commands: Vec::new(),
-            events: Vec::new(),
-            version,
-            catalogue: Rc::default(),
-        };
+        let mut commands =
+            Commands { commands: Vec::new(), types: Types::default(), version, catalogue: Rc::default() };
         builtin::register(&mut commands, quit);
         commands
-    }
-
-    /// The types, for unions and alternates that only exist at run time.
-    pub fn schema(&mut self) -> &mut SchemaBuilder {
-        &mut self.schema
     }
 
     /// Adds a command whose arguments and result are structs; see [`crate::schema::builder`] for what these may use. `()`
@@ -119,8 +191,6 @@ impl<S: Clone + 'static> Commands<S> {
         F: Fn(S, Args) -> Fut + 'static,
         Fut: Future<Output = Result<Ret, QmpError>> + 'static,
     {
-        let args = self.schema.object_from::<Args>();
-        let returns = self.schema.returns::<Ret>();
         let handler = move |state: S, value: Value| -> HandlerFuture {
             let args = match options::from_checked::<Args>(value) {
                 Ok(args) => args,
@@ -133,7 +203,9 @@ impl<S: Clone + 'static> Commands<S> {
                     .map_err(|e| QmpError::generic(format!("Cannot write the answer: {e}")))
             })
         };
-        self.add(name, doc, args, returns, Rc::new(handler))
+        let args = |b: &mut SchemaBuilder| b.object_from::<Args>();
+        let returns = |b: &mut SchemaBuilder| b.returns::<Ret>();
+        self.add(name, doc, Rc::new(args), Rc::new(returns), Rc::new(handler))
     }
 
     /// Adds a command without arguments.
@@ -146,33 +218,36 @@ impl<S: Clone + 'static> Commands<S> {
         self.register(name, doc, move |state: S, _: NoArguments| handler(state))
     }
 
-    /// Adds a command whose arguments are a type made by hand. The handler gets a value that passed the type's check.
+    /// Adds a command whose arguments are a type made by hand: a union or an alternate that only exists at run time. Each of
+    /// the two functions is called with an empty builder and with one that holds the other commands' types; what it refers
+    /// to by name it defines. The handler gets a value that passed the type's check.
     pub fn register_value<F, Fut>(
         &mut self,
         name: &str,
         doc: &str,
-        args: TypeRef,
-        returns: TypeRef,
+        args: impl Fn(&mut SchemaBuilder) -> TypeRef + 'static,
+        returns: impl Fn(&mut SchemaBuilder) -> TypeRef + 'static,
         handler: F,
     ) -> &mut Command<S>
     where
         F: Fn(S, Value) -> Fut + 'static,
         Fut: Future<Output = Result<Value, QmpError>> + 'static,
     {
-        self.add(name, doc, args, returns, Rc::new(move |state, value| Box::pin(handler(state, value))))
+        let handler = move |state, value| -> HandlerFuture { Box::pin(handler(state, value)) };
+        self.add(name, doc, Rc::new(args), Rc::new(returns), Rc::new(handler))
     }
 
     fn add(
         &mut self,
         name: &str,
         doc: &str,
-        args: TypeRef,
-        returns: TypeRef,
+        args: TypeFn,
+        returns: TypeFn,
         handler: Handler<S>,
     ) -> &mut Command<S> {
-        let info = CommandInfo { name: name.to_owned(), doc: doc.to_owned(), args, returns };
-        let command = Command { info, concurrent: false, handler };
-        let index = match self.commands.iter().position(|c| c.info.name == name) {
+        let decl = Rc::new(Declaration { name: name.to_owned(), doc: doc.to_owned(), args, returns });
+        let command = Command { decl, concurrent: false, handler, own: OnceCell::new() };
+        let index = match self.commands.iter().position(|c| c.decl.name == name) {
             Some(index) => index,
             None => {
                 self.commands.push(command);
@@ -187,31 +262,21 @@ impl<S: Clone + 'static> Commands<S> {
 
     /// Announces an event this process can send. One that was not announced is not delivered.
     pub fn event<E: Event>(&mut self) {
-        if self.events.iter().any(|e| e.name == E::NAME) {
+        if self.types.events.iter().any(|(name, _, _)| *name == E::NAME) {
             return;
         }
-        let data = self.schema.returns::<E>();
-        self.events.push(EventInfo { name: E::NAME.to_owned(), doc: E::DOC.to_owned(), data });
+        self.types.events.push((E::NAME, E::DOC, Rc::new(|b: &mut SchemaBuilder| b.returns::<E>())));
     }
 
     /// Closes the registry.
-    pub fn finish(self) -> Rc<CommandTable<S>> {
-        let infos: Vec<CommandInfo> = self.commands.iter().map(|c| c.info.clone()).collect();
-        let schema = self.schema.finish();
-        let names = infos.iter().map(|c| json!({"name": c.name})).collect();
+    pub fn finish(mut self) -> Rc<CommandTable<S>> {
+        self.types.commands = self.commands.iter().map(|c| c.decl.clone()).collect();
+        let types = Rc::new(self.types);
         // Set once, here: the registry is consumed.
-        let _ = self.catalogue.names.set(Value::Array(names));
-        let _ = self.catalogue.introspection.set(introspect::introspect(&schema, &infos, &self.events));
+        let _ = self.catalogue.types.set(types.clone());
         let greeting = json!({"QMP": {"version": self.version.to_value(), "capabilities": []}});
-        let commands = self.commands.into_iter().map(|c| (c.info.name.clone(), c)).collect();
-        Rc::new(CommandTable {
-            schema,
-            commands,
-            infos,
-            events: self.events,
-            greeting,
-            catalogue: self.catalogue,
-        })
+        let commands = self.commands.into_iter().map(|c| (c.decl.name.clone(), c)).collect();
+        Rc::new(CommandTable { commands, types, greeting })
     }
 }
 
@@ -223,28 +288,25 @@ pub struct NoArguments {}
 /// The closed registry.
 #[derive(Debug)]
 pub struct CommandTable<S> {
-    schema: Schema,
     commands: HashMap<String, Command<S>>,
-    infos: Vec<CommandInfo>,
-    events: Vec<EventInfo>,
+    types: Rc<Types>,
     greeting: Value,
-    catalogue: Rc<Catalogue>,
 }
 
 impl<S: Clone + 'static> CommandTable<S> {
     /// The types of all commands and events.
     pub fn schema(&self) -> &Schema {
-        &self.schema
+        &self.types.full().schema
     }
 
     /// The commands in the order they were registered.
     pub fn commands(&self) -> &[CommandInfo] {
-        &self.infos
+        &self.types.full().commands
     }
 
     /// Whether the event was announced.
     pub fn has_event(&self, name: &str) -> bool {
-        self.events.iter().any(|e| e.name == name)
+        self.types.events.iter().any(|(n, _, _)| *n == name)
     }
 
     /// The first message of a session.
@@ -254,12 +316,13 @@ impl<S: Clone + 'static> CommandTable<S> {
 
     /// The answer to `query-qmp-schema`.
     pub fn introspection(&self) -> &Value {
-        self.catalogue.introspection.get().unwrap_or(&Value::Null)
+        &self.types.full().introspection
     }
 
     /// The reference page in Markdown.
     pub fn reference_markdown(&self) -> String {
-        reference::markdown(&self.schema, &self.infos, &self.events)
+        let full = self.types.full();
+        reference::markdown(&full.schema, &full.commands, &full.events)
     }
 
     /// Whether the command may run beside another; `false` for names that do not exist.
@@ -278,7 +341,8 @@ impl<S: Clone + 'static> CommandTable<S> {
         arguments: Map<String, Value>,
     ) -> Result<HandlerFuture, QmpError> {
         let command = self.get(name)?;
-        let args = self.schema.check(command.info.args, Value::Object(arguments), Syntax::Json)?;
+        let (schema, ty) = command.args();
+        let args = schema.check(ty, Value::Object(arguments), Syntax::Json)?;
         Ok(run(command.handler.clone(), state, args))
     }
 
@@ -294,7 +358,8 @@ impl<S: Clone + 'static> CommandTable<S> {
         implied: &str,
     ) -> Result<HandlerFuture, QmpError> {
         let command = self.get(name)?;
-        let args = options::parse_as(&self.schema, command.info.args, text, &Dialect::implied(implied))?;
+        let (schema, ty) = command.args();
+        let args = options::parse_as(schema, ty, text, &Dialect::implied(implied))?;
         Ok(run(command.handler.clone(), state, args))
     }
 

@@ -2,6 +2,7 @@
 
 use graph::query::{BlockDeviceInfo, BlockStats, XDbgBlockGraph};
 use graph::{CommonOptions, Registry};
+use qmp::schema::SchemaBuilder;
 use qmp::{Commands, QmpError};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -52,23 +53,24 @@ fn export_of(stats: &BlockStats) -> Option<String> {
 }
 
 pub fn register(commands: &mut Commands<State>, registry: &Registry) {
-    let schema = commands.schema();
-    let base = schema.object_from::<CommonOptions>();
-    let variants = registry
-        .iter()
-        .map(|d| {
-            let name = format!("BlockdevOptions-{}", d.name);
-            (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())
-        })
-        .collect();
-    let options = schema.union("BlockdevOptions", "A node and its options.", "driver", base, variants);
-    let nothing = schema.empty();
+    let registry = registry.clone();
+    let options = move |schema: &mut SchemaBuilder| {
+        let base = schema.object_from::<CommonOptions>();
+        let variants = registry
+            .iter()
+            .map(|d| {
+                let name = format!("BlockdevOptions-{}", d.name);
+                (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())
+            })
+            .collect();
+        schema.union("BlockdevOptions", "A node and its options.", "driver", base, variants)
+    };
     commands.register_value(
         "blockdev-add",
         "Creates a node, and the nodes defined inside its options. Without `node-name` inside another node it gets a \
          generated one; at the top level the name is needed.",
         options,
-        nothing,
+        SchemaBuilder::empty,
         |daemon: State, options| async move {
             daemon.ready_graph_if_any();
             daemon.graph.blockdev_add(options).await.map_err(block)?;

@@ -20,11 +20,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     block::register(&mut commands, registry);
     export::register(&mut commands);
     object::register(&mut commands);
-    let table = commands.finish();
-    for problem in table.schema().problems() {
-        log::error!("schema: {problem}");
-    }
-    table
+    commands.finish()
 }
 
 #[cfg(test)]
