@@ -139,6 +139,7 @@ fn other_core(indirect: bool, batch: u16, requests: u64) -> f64 {
                     let _ = memory.write(table + 16, &(DATA + 4096 * n).to_le_bytes());
                 }
                 idx = idx.wrapping_add(batch);
+                // Pairs with the queue's Acquire load of the available index.
                 std::sync::atomic::fence(Ordering::Release);
                 let _ = memory.write(AVAIL + 2, &idx.to_le_bytes());
             }

@@ -40,6 +40,7 @@ pub struct TaskHandle {
 
 impl TaskHandle {
     fn deliver(this: &Arc<Self>) {
+        // Pairs with the store in `Executor::wake`: who finds it false sees everything before that, and sends anew.
         if !this.underway.swap(true, Ordering::AcqRel) {
             this.remote.wake_remote(Arc::clone(this));
         }

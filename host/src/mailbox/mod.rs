@@ -57,7 +57,8 @@ impl<T> Mailbox<T> {
             }
             q.items.push(item);
         }
-        // Replaces ASLEEP as well: exactly one sender sees it and rings.
+        // Replaces ASLEEP as well: exactly one sender sees it and rings. Pairs with the receiver's exchanges in
+        // `drain`, `prepare_sleep` and `awake`: one of the two sides sees the other's.
         if self.state.swap(MAIL, Ordering::AcqRel) == ASLEEP {
             self.bell.notify();
         }
