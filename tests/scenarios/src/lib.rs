@@ -8,10 +8,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod bare;
 pub mod image;
+pub mod neighbour;
 pub mod rig;
 pub mod rng;
 
+pub use bare::Bare;
 pub use image::{pattern, read_at};
+pub use neighbour::Neighbour;
 pub use rig::{Holdings, Rig, Wanted};
 pub use rng::Rng;
