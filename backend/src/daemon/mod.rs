@@ -165,6 +165,9 @@ impl Daemon {
         self.exports.borrow_mut().insert(id, export.clone());
         // One that came with an inherited connection has its front end already.
         self.accept(&export);
+        // A command runs on the control channel's turn, and nothing else may happen for hours: the service must have a turn
+        // of its own to see the new listener.
+        self.executor.remote().post(|| {});
         Ok(())
     }
 

@@ -50,6 +50,8 @@ pub struct Session {
 impl Session {
     /// A fresh session: no features, no memory, all rings stopped.
     pub fn new(device: Arc<BlkDevice>) -> Self {
+        // What changed while nobody was connected is no news to a front end that has yet to read the configuration.
+        device.channel().clear();
         let device = VhostDevice(device);
         let vrings = std::iter::repeat_with(Vring::default).take(device.num_queues()).collect();
         Session { device, features: 0, protocol: VhostUserProtocolFeatures::empty(), memory: None, vrings }
@@ -99,12 +101,20 @@ impl Session {
     /// Starts the ring if everything it needs is there.
     fn start_if_ready(&mut self, index: usize) -> Result<()> {
         let protocol = self.features & feature::PROTOCOL != 0;
-        let Some(memory) = self.memory.clone() else { return Ok(()) };
-        let Some(v) = self.vrings.get_mut(index) else { return Ok(()) };
+        let Some(v) = self.vrings.get(index) else { return Ok(()) };
         let (Some(addresses), Some(kick)) = (v.addresses, v.kick.as_ref()) else { return Ok(()) };
         if v.running || v.size == 0 || (protocol && !v.enabled) {
             return Ok(());
         }
+        let Some(memory) = self.memory.clone() else {
+            // Allowed, memory may still come. QEMU leaves out what is not shared and goes on without a word: this line
+            // is all that tells why the guest waits.
+            log::warn!(
+                "export '{}': queue {index} waits: the front end has given no guest memory. {SHARE_HINT}",
+                self.device.name()
+            );
+            return Ok(());
+        };
         let setup = RingSetup {
             memory,
             size: v.size,
@@ -117,7 +127,9 @@ impl Session {
         };
         match self.device.start_queue(index, setup) {
             Ok(()) => {
-                v.running = true;
+                if let Some(v) = self.vrings.get_mut(index) {
+                    v.running = true;
+                }
                 self.device.channel().ring_started();
                 Ok(())
             }
@@ -175,13 +187,13 @@ fn region(r: &VhostUserMemoryRegion, fd: File) -> Region {
     }
 }
 
-/// Sharing is what front ends forget; say it in the words of their options.
+/// Sharing is what front ends forget; said in the words of their options.
+const SHARE_HINT: &str = "The guest's memory must be shared: QEMU wants `-object memory-backend-memfd,...,share=on` \
+                          (and `-machine memory-backend=`), cloud-hypervisor `--memory shared=on` (`shared: true` in \
+                          its API)";
+
 fn memory_hint(e: &impl std::fmt::Display) -> String {
-    format!(
-        "guest memory cannot be mapped: {e}. The guest's memory must be shared: QEMU wants `-object \
-         memory-backend-memfd,...,share=on` (and `-machine memory-backend=`), cloud-hypervisor `--memory shared=on` \
-         (`shared: true` in its API)"
-    )
+    format!("guest memory cannot be mapped: {e}. {SHARE_HINT}")
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
