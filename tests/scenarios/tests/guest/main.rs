@@ -279,3 +279,25 @@ fn one_command_line_serves_a_guest_from_either_program() {
         assert_eq!(seen, &asked[0].1, "what the guest sees of {}", program.display());
     }
 }
+
+#[test]
+fn memory_that_is_not_shared_is_named_as_the_reason() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let mut rig = Rig::start(&[Wanted::file("e", SIZE)]);
+    // The firmware is driver enough. Ordinary memory has no descriptor that could be passed on.
+    let line = format!(
+        "-accel tcg -nodefaults -no-user-config -display none -monitor none -m 64M \
+         -chardev socket,id=disk,path={} -device vhost-user-blk-pci,chardev=disk",
+        rig.socket("e").display()
+    );
+    let qemu = Launch::new("/usr/bin/qemu-system-x86_64").args(line.split_whitespace()).spawn().unwrap();
+    rig.wait_for("warning about the memory", |rig| {
+        let log = rig.daemon.stderr();
+        log.contains("no guest memory") && log.contains("share=on")
+    });
+    drop(qemu);
+    rig.wait_disconnected("e");
+}
