@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use graph::{BoxFut, RequestSource, View};
 use host::IoThread;
 use ring::{Kick, Memory, Notifier, RingAddresses};
-use vmm_sys_util::event::EventNotifier;
+use vhost_user_backend::{VringMutex, VringT};
 
 use super::config::DeviceConfig;
 use super::stock::StockRing;
@@ -22,8 +22,8 @@ use crate::vhost_user::channel::Channel;
 pub enum Call {
     /// The descriptor of SET_VRING_CALL.
     Notifier(Notifier),
-    /// The stock daemon's wrapper of it.
-    Stock(EventNotifier),
+    /// The stock daemon's ring, which knows it.
+    Stock(VringMutex),
 }
 
 impl Call {
@@ -33,7 +33,7 @@ impl Call {
         // An eventfd that cannot be written to is full, which is a signal, or gone with its owner.
         let _ = match self {
             Call::Notifier(n) => n.signal(),
-            Call::Stock(n) => n.notify(),
+            Call::Stock(ring) => ring.signal_used_queue(),
         };
     }
 }

@@ -13,6 +13,7 @@ use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use super::config::feature;
 use super::device::{BlkDevice, Call, RingSetup};
@@ -35,16 +36,17 @@ impl std::ops::Deref for VhostDevice {
 }
 
 impl BlkDevice {
-    fn start_stock(self: &Arc<Self>, index: usize, vring: &VringMutex) -> Result<()> {
+    /// False: the ring is not to run.
+    fn start_stock(self: &Arc<Self>, index: usize, vring: &VringMutex) -> Result<bool> {
         let memory = self.stock_memory.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let memory = memory.ok_or_else(|| Error::other("a queue event before any memory"))?;
         let setup = {
             let state = vring.get_ref();
             let queue = state.get_queue();
-            let call = match state.get_call() {
-                Some(c) => Some(Call::Stock(c.try_clone()?)),
-                None => None,
-            };
+            if !queue.ready() {
+                // The daemon collects events before it hands them out: this one is older than the ring's end.
+                return Ok(false);
+            }
             RingSetup {
                 memory,
                 size: queue.size(),
@@ -56,11 +58,13 @@ impl BlkDevice {
                 base: queue.next_avail(),
                 features: self.acked(),
                 kick: None,
-                call,
+                // Through the daemon's wrapper, which follows SET_VRING_CALL: a driver gets its own descriptor only after
+                // the ring runs.
+                call: Some(Call::Stock(vring.clone())),
                 err: None,
             }
         };
-        self.start_queue(index, setup).map_err(Error::other)
+        self.start_queue(index, setup).map(|()| true).map_err(Error::other)
     }
 }
 
@@ -129,6 +133,17 @@ impl VhostUserBackend for VhostDevice {
         vec![if n == 64 { u64::MAX } else { (1 << n) - 1 }]
     }
 
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        // Without one the daemon waits for its thread for ever when it is dropped.
+        match new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC) {
+            Ok(pair) => Some(pair),
+            Err(e) => {
+                log::error!("export '{}': no descriptor to end its thread by: {e}", self.0.name());
+                None
+            }
+        }
+    }
+
     fn stop_vring(&self, index: u32) -> Result<()> {
         let index = index as usize;
         let ring = self.0.stock.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
@@ -149,8 +164,18 @@ impl VhostUserBackend for VhostDevice {
             self.0.poke(index);
             return Ok(());
         }
-        self.0.start_stock(index, vring)?;
-        rings.insert(index, StockRing { vring: vring.clone() });
+        match self.0.start_stock(index, vring) {
+            Ok(true) => {
+                rings.insert(index, StockRing { vring: vring.clone() });
+            }
+            Ok(false) => {}
+            // An error would end the daemon's thread, and with it all queues.
+            Err(e) => log::error!("export '{}': queue {index} cannot start: {e}", self.0.name()),
+        }
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "stock_tests.rs"]
+mod tests;
