@@ -40,10 +40,14 @@ impl Neighbour {
         self.round += 1;
         let data = pattern(self.round, LEN as usize);
         let offset = self.round * u64::from(LEN) % (SIZE - u64::from(LEN)) / 512 * 512;
-        self.disk.write(offset, &data).unwrap_or_else(|e| panic!("after {after}, the neighbour cannot write: {e}"));
+        self.disk
+            .write(offset, &data)
+            .unwrap_or_else(|e| panic!("after {after}, the neighbour cannot write: {e}"));
         self.disk.flush().unwrap_or_else(|e| panic!("after {after}, the neighbour cannot flush: {e}"));
-        let back =
-            self.disk.read(offset, LEN).unwrap_or_else(|e| panic!("after {after}, the neighbour cannot read: {e}"));
+        let back = self
+            .disk
+            .read(offset, LEN)
+            .unwrap_or_else(|e| panic!("after {after}, the neighbour cannot read: {e}"));
         assert!(back == data, "after {after}, the neighbour reads something else");
     }
 }

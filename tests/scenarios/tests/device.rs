@@ -25,7 +25,9 @@ fn run(disk: &mut Disk, op: u32, sector: u64, payload: Payload) -> u8 {
 fn unknown_requests_are_unsupported_and_the_ring_goes_on() {
     let rig = Rig::start(&[Wanted::file("disk", SIZE)]);
     let mut disk = rig.disk("disk", &setup());
-    for kind in [2u32, 3, 5, 6, 7, 9, op::GET_LIFETIME, 12, op::SECURE_ERASE, 15, 16, 17, 26, 0x8000_0000, u32::MAX] {
+    for kind in
+        [2u32, 3, 5, 6, 7, 9, op::GET_LIFETIME, 12, op::SECURE_ERASE, 15, 16, 17, 26, 0x8000_0000, u32::MAX]
+    {
         assert_eq!(run(&mut disk, kind, 0, Payload::None), status::UNSUPP, "type {kind}");
         assert_eq!(run(&mut disk, kind, 0, Payload::In(512)), status::UNSUPP, "type {kind}");
         assert_eq!(run(&mut disk, kind, 0, Payload::Out(vec![0; 512])), status::UNSUPP, "type {kind}");
@@ -38,14 +40,24 @@ fn requests_outside_the_disk_or_between_blocks_fail() {
     let rig = Rig::start(&[Wanted::file("disk", SIZE)]);
     let mut disk = rig.disk("disk", &setup());
     let end = SIZE / 512;
-    for (sector, len) in [(end, 512u32), (end - 1, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 4096)] {
+    for (sector, len) in
+        [(end, 512u32), (end - 1, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 4096)]
+    {
         assert_eq!(run(&mut disk, op::IN, sector, Payload::In(len)), status::IOERR, "read {len} at {sector}");
         let data = vec![9; len as usize];
-        assert_eq!(run(&mut disk, op::OUT, sector, Payload::Out(data)), status::IOERR, "write {len} at {sector}");
+        assert_eq!(
+            run(&mut disk, op::OUT, sector, Payload::Out(data)),
+            status::IOERR,
+            "write {len} at {sector}"
+        );
     }
     for len in [1u32, 511, 513, 1000] {
         assert_eq!(run(&mut disk, op::IN, 0, Payload::In(len)), status::IOERR, "read {len}");
-        assert_eq!(run(&mut disk, op::OUT, 0, Payload::Out(vec![9; len as usize])), status::IOERR, "write {len}");
+        assert_eq!(
+            run(&mut disk, op::OUT, 0, Payload::Out(vec![9; len as usize])),
+            status::IOERR,
+            "write {len}"
+        );
     }
     // The last sector is there, and nothing was written beside it.
     disk.write(SIZE - 512, &[3; 512]).unwrap();
@@ -70,7 +82,10 @@ fn data_may_be_cut_anyhow() {
             let mut write = Request::new(op::OUT, at, Payload::Out(data.clone()));
             write.cuts = cuts.clone();
             assert_eq!(disk.run(0, &write).unwrap().status, status::OK);
-            assert!(read_at(&rig.image("disk"), at * 512, len) == data, "round {round} of {indirect}: {cuts:?}");
+            assert!(
+                read_at(&rig.image("disk"), at * 512, len) == data,
+                "round {round} of {indirect}: {cuts:?}"
+            );
             let mut read = Request::new(op::IN, at, Payload::In(len as u32));
             read.cuts = cuts.iter().rev().copied().collect();
             let done = disk.run(0, &read).unwrap();
@@ -122,7 +137,8 @@ fn the_serial() {
         assert_eq!(done.used_len as usize, expected + 1, "{room} bytes of room");
     }
     drop(disk);
-    let error = rig.add_export("long", "node-plain", &json!({"serial": "123456789012345678901"})).unwrap_err();
+    let error =
+        rig.add_export("long", "node-plain", &json!({"serial": "123456789012345678901"})).unwrap_err();
     assert!(error.contains("serial"), "{error}");
 }
 
@@ -143,8 +159,13 @@ fn discard_and_write_zeroes() {
         expected[at..at + s.sectors as usize * 512].fill(0);
     };
     // Sixteen segments in one request, none adjacent, sectors and not pages.
-    let segments: Vec<Segment> =
-        (0..16).map(|n| Segment { sector: n * 100 + 3, sectors: 1 + n as u32, flags: (n % 2) as u32 * SEGMENT_UNMAP }).collect();
+    let segments: Vec<Segment> = (0..16)
+        .map(|n| Segment {
+            sector: n * 100 + 3,
+            sectors: 1 + n as u32,
+            flags: (n % 2) as u32 * SEGMENT_UNMAP,
+        })
+        .collect();
     disk.write_zeroes(&segments).unwrap();
     segments.iter().for_each(|s| zero(&mut expected, s));
     assert!(read_at(&rig.image("disk"), 0, SIZE as usize) == expected, "write zeroes, sixteen segments");
@@ -165,11 +186,36 @@ fn discard_and_write_zeroes() {
     zero(&mut expected, &Segment { sector: SIZE / 512 - 1, sectors: 1, flags: 0 });
 
     for (what, ops, segment, wanted) in [
-        ("past the end", vec![op::DISCARD, op::WRITE_ZEROES], Segment { sector: SIZE / 512 - 1, sectors: 2, flags: 0 }, status::IOERR),
-        ("far outside", vec![op::DISCARD, op::WRITE_ZEROES], Segment { sector: u64::MAX, sectors: 1, flags: 0 }, status::IOERR),
-        ("unknown flags", vec![op::DISCARD, op::WRITE_ZEROES], Segment { sector: 0, sectors: 8, flags: 2 }, status::UNSUPP),
-        ("unmap on discard", vec![op::DISCARD], Segment { sector: 0, sectors: 8, flags: SEGMENT_UNMAP }, status::UNSUPP),
-        ("too long", vec![op::DISCARD, op::WRITE_ZEROES], Segment { sector: 0, sectors: u32::MAX, flags: 0 }, status::IOERR),
+        (
+            "past the end",
+            vec![op::DISCARD, op::WRITE_ZEROES],
+            Segment { sector: SIZE / 512 - 1, sectors: 2, flags: 0 },
+            status::IOERR,
+        ),
+        (
+            "far outside",
+            vec![op::DISCARD, op::WRITE_ZEROES],
+            Segment { sector: u64::MAX, sectors: 1, flags: 0 },
+            status::IOERR,
+        ),
+        (
+            "unknown flags",
+            vec![op::DISCARD, op::WRITE_ZEROES],
+            Segment { sector: 0, sectors: 8, flags: 2 },
+            status::UNSUPP,
+        ),
+        (
+            "unmap on discard",
+            vec![op::DISCARD],
+            Segment { sector: 0, sectors: 8, flags: SEGMENT_UNMAP },
+            status::UNSUPP,
+        ),
+        (
+            "too long",
+            vec![op::DISCARD, op::WRITE_ZEROES],
+            Segment { sector: 0, sectors: u32::MAX, flags: 0 },
+            status::IOERR,
+        ),
     ] {
         for kind in ops {
             // A good segment in front must not be done when a bad one follows.
@@ -183,8 +229,13 @@ fn discard_and_write_zeroes() {
         assert_eq!(run(&mut disk, op::DISCARD, 0, payload.clone()), status::IOERR, "{len} bytes of segments");
         assert_eq!(run(&mut disk, op::WRITE_ZEROES, 0, payload), status::IOERR, "{len} bytes of segments");
     }
-    let many = Segment { sector: 0, sectors: 1, flags: 0 }.encode().repeat(config.max_discard_seg as usize + 1);
-    assert_eq!(run(&mut disk, op::DISCARD, 0, Payload::Out(many)), status::IOERR, "more segments than announced");
+    let many =
+        Segment { sector: 0, sectors: 1, flags: 0 }.encode().repeat(config.max_discard_seg as usize + 1);
+    assert_eq!(
+        run(&mut disk, op::DISCARD, 0, Payload::Out(many)),
+        status::IOERR,
+        "more segments than announced"
+    );
     assert!(read_at(&rig.image("disk"), 0, SIZE as usize) == expected, "what fails changes nothing");
 }
 
@@ -239,11 +290,19 @@ fn block_sizes() {
     ]);
     let mut disk = rig.disk("big", &setup());
     assert_eq!(disk.session().config.blk_size, 4096);
-    assert_eq!(disk.session().config.capacity, SIZE / 512, "the capacity counts sectors of 512 bytes all the same");
+    assert_eq!(
+        disk.session().config.capacity,
+        SIZE / 512,
+        "the capacity counts sectors of 512 bytes all the same"
+    );
     for (sector, len) in [(1u64, 4096u32), (8, 512), (0, 6144), (7, 512)] {
         assert_eq!(run(&mut disk, op::IN, sector, Payload::In(len)), status::IOERR, "read {len} at {sector}");
         let data = vec![1; len as usize];
-        assert_eq!(run(&mut disk, op::OUT, sector, Payload::Out(data)), status::IOERR, "write {len} at {sector}");
+        assert_eq!(
+            run(&mut disk, op::OUT, sector, Payload::Out(data)),
+            status::IOERR,
+            "write {len} at {sector}"
+        );
     }
     for (sector, sectors) in [(1u64, 8u32), (8, 4)] {
         let bytes = Segment { sector, sectors, flags: 0 }.encode();
@@ -274,7 +333,8 @@ fn two_exports_of_one_node() {
     // The first one writes and shares with nobody.
     let error = rig.add_export("second", "node-disk", &json!({"writable": true})).unwrap_err();
     assert!(error.contains("disk"), "{error}");
-    let error = rig.add_export("second", "node-disk", &json!({"writable": true, "share-rw": true})).unwrap_err();
+    let error =
+        rig.add_export("second", "node-disk", &json!({"writable": true, "share-rw": true})).unwrap_err();
     assert!(error.contains("disk"), "both must share: {error}");
     assert!(!rig.socket("second").exists(), "a refused export leaves no socket");
 
@@ -340,7 +400,8 @@ fn random_requests_on_two_queues_leave_the_image_that_the_model_says() {
                         }
                         3 => {
                             model[bytes.clone()].fill(0);
-                            let s = Segment { sector: at, sectors: sectors as u32, flags: rng.below(2) as u32 };
+                            let s =
+                                Segment { sector: at, sectors: sectors as u32, flags: rng.below(2) as u32 };
                             Request::new(op::WRITE_ZEROES, 0, Payload::Out(s.encode()))
                         }
                         4 => {
@@ -367,6 +428,9 @@ fn random_requests_on_two_queues_leave_the_image_that_the_model_says() {
             }
         }
         disk.flush().unwrap();
-        assert!(read_at(&rig.image("disk"), 0, SIZE as usize) == model, "seed {seed}: the image differs from the model");
+        assert!(
+            read_at(&rig.image("disk"), 0, SIZE as usize) == model,
+            "seed {seed}: the image differs from the model"
+        );
     }
 }

@@ -182,7 +182,8 @@ fn headers_that_are_none() {
 #[test]
 fn messages_cut_short() {
     let mut r = Rigged::start();
-    let whole = [wire::header(request::SET_VRING_NUM, FLAG_VERSION, 8).to_vec(), wire::state(0, 128)].concat();
+    let whole =
+        [wire::header(request::SET_VRING_NUM, FLAG_VERSION, 8).to_vec(), wire::state(0, 128)].concat();
     for len in 0..whole.len() {
         r.closes(&format!("{len} of {} bytes, then the end", whole.len()), |rig| {
             let f = negotiated(rig);
@@ -251,7 +252,9 @@ fn well_formed_messages_in_any_order_with_any_values() {
                 let small = |rng: &mut Rng| [0u64, 1, 2, 128, 256, 0x1000, rng.bits()][rng.below(7) as usize];
                 let number = (1 + rng.below(43)) as u32;
                 let (payload, fds) = match number {
-                    request::SET_VRING_NUM | request::SET_VRING_BASE | request::SET_VRING_ENABLE
+                    request::SET_VRING_NUM
+                    | request::SET_VRING_BASE
+                    | request::SET_VRING_ENABLE
                     | request::GET_VRING_BASE => {
                         (wire::state(rng.below(2) as u32, small(&mut rng) as u32), vec![])
                     }
@@ -279,7 +282,9 @@ fn well_formed_messages_in_any_order_with_any_values() {
                         (wire::memory_table(&[region]), vec![memory.try_clone().unwrap()])
                     }
                     request::SET_FEATURES => (wire::words(&[f.offered & rng.bits()]), vec![]),
-                    request::SET_PROTOCOL_FEATURES => (wire::words(&[f.protocol_offered & rng.bits()]), vec![]),
+                    request::SET_PROTOCOL_FEATURES => {
+                        (wire::words(&[f.protocol_offered & rng.bits()]), vec![])
+                    }
                     request::GET_CONFIG => (wire::config(0, 0, &[0; 60]), vec![]),
                     _ => (vec![], vec![]),
                 };
@@ -361,7 +366,9 @@ fn descriptors_in_the_wrong_number() {
             });
         }
     }
-    for number in [request::GET_FEATURES, request::SET_OWNER, request::GET_PROTOCOL_FEATURES, request::GET_QUEUE_NUM] {
+    for number in
+        [request::GET_FEATURES, request::SET_OWNER, request::GET_PROTOCOL_FEATURES, request::GET_QUEUE_NUM]
+    {
         r.closes(&format!("message {number} with a descriptor"), |rig| {
             let f = negotiated(rig);
             send(&f, number, &[], &many[..1]);
@@ -446,7 +453,8 @@ fn back_end_channels_that_are_none() {
 fn regions_that_cannot_be() {
     let mut r = Rigged::start();
     let area = memfd(1 << 20);
-    let region = |guest_addr, size, user_addr, mmap_offset| MemoryRegion { guest_addr, size, user_addr, mmap_offset };
+    let region =
+        |guest_addr, size, user_addr, mmap_offset| MemoryRegion { guest_addr, size, user_addr, mmap_offset };
     let good = region(0, 4096, 0x10_0000, 0);
     let tables: [(&str, Vec<MemoryRegion>); 13] = [
         ("an empty region", vec![region(0, 0, 0x1000, 0)]),
@@ -519,8 +527,12 @@ fn more_memory_slots_than_there_are() {
         let f = negotiated(rig);
         let slots = f.get_max_mem_slots().unwrap();
         for n in 0..slots {
-            let region =
-                MemoryRegion { guest_addr: n << 20, size: 4096, user_addr: 0x10_0000 + (n << 20), mmap_offset: 0 };
+            let region = MemoryRegion {
+                guest_addr: n << 20,
+                size: 4096,
+                user_addr: 0x10_0000 + (n << 20),
+                mmap_offset: 0,
+            };
             f.add_mem_reg(&region, area.as_fd()).unwrap_or_else(|e| panic!("slot {n} of {slots}: {e}"));
         }
         let one_more =
@@ -594,7 +606,9 @@ fn ring_values_that_cannot_be() {
         ("an available ring that is not aligned", |a| a.avail += 1),
         ("a used ring that is not aligned", |a| a.used += 2),
         ("descriptors that run out of memory", |a| a.desc += (8 << 20) - 64),
-        ("addresses at the very top", |a| (a.desc, a.avail, a.used) = (u64::MAX & !15, u64::MAX & !1, u64::MAX & !3)),
+        ("addresses at the very top", |a| {
+            (a.desc, a.avail, a.used) = (u64::MAX & !15, u64::MAX & !1, u64::MAX & !3)
+        }),
     ];
     for (name, change) in moved {
         r.closes(name, |rig| {
@@ -634,7 +648,9 @@ fn ring_values_that_cannot_be() {
 #[test]
 fn configuration_writes_and_reads_that_cannot_be() {
     let mut r = Rigged::start();
-    for (offset, bytes) in [(0u32, &[1u8][..]), (31, &[1]), (32, &[1, 1]), (32, &[2]), (60, &[0]), (4095, &[0])] {
+    for (offset, bytes) in
+        [(0u32, &[1u8][..]), (31, &[1]), (32, &[1, 1]), (32, &[2]), (60, &[0]), (4095, &[0])]
+    {
         r.closes(&format!("{} byte(s) written at {offset}", bytes.len()), |rig| {
             let f = negotiated(rig);
             send(&f, request::SET_CONFIG, &wire::config(offset, 0, bytes), &[]);

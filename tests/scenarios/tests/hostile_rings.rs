@@ -100,7 +100,14 @@ const MISDEEDS: &[Misdeed] = &[
     }),
     ("a loop of three", |s| {
         let p = place(s);
-        offer(s, &[desc(p.header, 16, NEXT, 1), desc(p.data, 512, NEXT | WRITE, 2), desc(p.data, 512, NEXT | WRITE, 1)]);
+        offer(
+            s,
+            &[
+                desc(p.header, 16, NEXT, 1),
+                desc(p.data, 512, NEXT | WRITE, 2),
+                desc(p.data, 512, NEXT | WRITE, 1),
+            ],
+        );
     }),
     ("a next beyond the table", |s| {
         let p = place(s);
@@ -136,12 +143,19 @@ const MISDEEDS: &[Misdeed] = &[
         let p = place(s);
         offer(
             s,
-            &[desc(p.header, 16, NEXT, 1), desc(u64::MAX - 100, 512, NEXT | WRITE, 2), desc(p.status, 1, WRITE, 0)],
+            &[
+                desc(p.header, 16, NEXT, 1),
+                desc(u64::MAX - 100, 512, NEXT | WRITE, 2),
+                desc(p.status, 1, WRITE, 0),
+            ],
         );
     }),
     ("data of 4 GiB less one", |s| {
         let p = place(s);
-        offer(s, &[desc(p.header, 16, NEXT, 1), desc(0, u32::MAX, NEXT | WRITE, 2), desc(p.status, 1, WRITE, 0)]);
+        offer(
+            s,
+            &[desc(p.header, 16, NEXT, 1), desc(0, u32::MAX, NEXT | WRITE, 2), desc(p.status, 1, WRITE, 0)],
+        );
     }),
     ("no room for a header", |s| {
         let p = place(s);
@@ -262,9 +276,8 @@ fn a_misdeed_with_requests_in_flight_lets_them_finish() {
     let mut neighbour = Neighbour::connect(&rig);
     let (session, error) = session(&rig, &setup());
     let mut disk = Disk::new(session);
-    let tokens: Vec<_> = (0..16)
-        .map(|n| disk.submit(0, &Request::new(op::IN, n, Payload::In(512))).unwrap())
-        .collect();
+    let tokens: Vec<_> =
+        (0..16).map(|n| disk.submit(0, &Request::new(op::IN, n, Payload::In(512))).unwrap()).collect();
     disk.kick(0).unwrap();
     let queue = &mut disk.session_mut().guest.queues[0];
     queue.push_available(500);

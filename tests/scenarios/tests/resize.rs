@@ -26,7 +26,10 @@ fn resize(rig: &mut Rig, size: u64) {
 fn growth_reaches_the_driver() {
     let mut rig = Rig::start(&[Wanted::file("disk", SIZE)]);
     let mut disk = rig.disk("disk", &setup());
-    assert_eq!(disk.run(0, &Request::new(op::IN, SIZE / 512, Payload::In(512))).unwrap().status, status::IOERR);
+    assert_eq!(
+        disk.run(0, &Request::new(op::IN, SIZE / 512, Payload::In(512))).unwrap().status,
+        status::IOERR
+    );
     for round in 1..=10u64 {
         let size = SIZE + round * (1 << 20);
         resize(&mut rig, size);
@@ -73,7 +76,8 @@ fn nobody_is_there() {
 #[test]
 fn a_front_end_without_a_channel() {
     let mut rig = Rig::start(&[Wanted::file("disk", SIZE)]);
-    let mut disk = rig.disk("disk", &Setup { protocol: setup().protocol & !protocol::BACKEND_REQ, ..setup() });
+    let mut disk =
+        rig.disk("disk", &Setup { protocol: setup().protocol & !protocol::BACKEND_REQ, ..setup() });
     assert!(disk.session().channel.is_none());
     resize(&mut rig, SIZE * 2);
     // It is not disconnected for that, and sees the new size when it looks.
@@ -101,7 +105,9 @@ fn resizes_under_load() {
     let mut disk = rig.disk("disk", &setup());
     for round in 0..100u64 {
         let tokens: Vec<_> = (0..32u64)
-            .map(|n| disk.submit(0, &Request::new(op::OUT, n * 8, Payload::Out(vec![round as u8; 4096]))).unwrap())
+            .map(|n| {
+                disk.submit(0, &Request::new(op::OUT, n * 8, Payload::Out(vec![round as u8; 4096]))).unwrap()
+            })
             .collect();
         disk.kick(0).unwrap();
         resize(&mut rig, SIZE + (round + 1) * 4096);

@@ -18,8 +18,18 @@ const SIZE: u64 = 8 << 20;
 const QUEUES: usize = 2;
 const QUEUE_SIZE: u16 = 128;
 /// Bits that either VMM passes on to a virtio-blk driver, as far as we offer them.
-const DRIVER: u64 = (1 << 1) | (1 << 2) | (1 << 6) | (1 << 9) | (1 << 10) | (1 << 11) | (1 << 12) | (1 << 13)
-    | (1 << 14) | (1 << 28) | (1 << 29) | (1 << 32);
+const DRIVER: u64 = (1 << 1)
+    | (1 << 2)
+    | (1 << 6)
+    | (1 << 9)
+    | (1 << 10)
+    | (1 << 11)
+    | (1 << 12)
+    | (1 << 13)
+    | (1 << 14)
+    | (1 << 28)
+    | (1 << 29)
+    | (1 << 32);
 
 fn rig() -> Rig {
     Rig::start(&[Wanted::file("disk", SIZE).options("writable=on,num-queues=2")])

@@ -168,7 +168,9 @@ fn indirect_descriptors_and_event_index() {
 fn event_index_past_the_wrap_of_all_indexes() {
     // 70 000 requests of depth one: avail and used indexes pass 65 535 with the event index deciding every kick and
     // every interrupt. A stale event index shows as a request nobody completes.
-    let mut rig = Rig::start(&[Wanted::node("disk", "null-co,size=1048576,read-zeroes=on").options("writable=on,num-queues=4")]);
+    let mut rig = Rig::start(&[
+        Wanted::node("disk", "null-co,size=1048576,read-zeroes=on").options("writable=on,num-queues=4")
+    ]);
     let features = VirtioFeatureFlags::RING_EVENT_IDX
         | VirtioFeatureFlags::RING_INDIRECT_DESC
         | VirtioFeatureFlags::VERSION_1;
