@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod bare;
+pub mod hostile;
 pub mod image;
 pub mod neighbour;
 pub mod rig;

@@ -10,100 +10,13 @@ use client::wire::{
     self, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, MemoryRegion, VRING_NO_FD, VringAddr, feature, protocol,
     request,
 };
-use client::{Connection, Disk, Error, Frontend, Session, Setup};
-use ringblk_scenarios::{Neighbour, Rig, Rng, Wanted};
-use rustix::event::{EventfdFlags, eventfd};
-
-const LIMIT: Duration = Duration::from_secs(20);
-const SIZE: u64 = 1 << 20;
-
-fn setup() -> Setup {
-    Setup { memory: vec![(0, 8 << 20)], ..Setup::default() }
-}
-
-/// A front end that has negotiated features and protocol, and nothing else.
-fn negotiated(rig: &Rig) -> Frontend {
-    let mut f = Frontend::new(rig.connection("victim"));
-    let offered = f.get_features().unwrap();
-    let accepted = f.get_protocol_features().unwrap() & setup().protocol;
-    f.set_protocol_features(accepted).unwrap();
-    f.set_features(offered & setup().features).unwrap();
-    f
-}
-
-struct Rigged {
-    rig: Rig,
-    neighbour: Neighbour,
-}
-
-impl Rigged {
-    fn start() -> Self {
-        let rig = Rig::start(&[Wanted::file("victim", SIZE), Neighbour::wanted()]);
-        let neighbour = Neighbour::connect(&rig);
-        let mut rigged = Self { rig, neighbour };
-        rigged.serves("nothing");
-        rigged
-    }
-
-    /// The victim serves a new connection.
-    fn serves(&mut self, after: &str) {
-        let mut disk = Disk::connect(&self.rig.socket("victim"), &setup())
-            .unwrap_or_else(|e| panic!("after {after}, no new session: {e}: {}", self.rig.daemon.stderr()));
-        disk.write(0, &[7; 4096]).unwrap_or_else(|e| panic!("after {after}, no write: {e}"));
-        assert!(disk.read(0, 4096).unwrap() == [7; 4096], "after {after}, other data");
-        drop(disk);
-        self.rig.wait_disconnected("victim");
-    }
-
-    /// The misdeed must end its connection; afterwards all is as before.
-    fn closes(&mut self, name: &str, misdeed: impl FnOnce(&Rig) -> Frontend) {
-        let before = self.rig.holdings();
-        let front = misdeed(&self.rig);
-        front
-            .connection()
-            .wait_closed(LIMIT)
-            .unwrap_or_else(|e| panic!("{name}: {e}: {}", self.rig.daemon.stderr()));
-        drop(front);
-        self.after(name, before);
-    }
-
-    /// The misdeed is tolerated or ends its connection; afterwards all is as before.
-    fn bears(&mut self, name: &str, misdeed: impl FnOnce(&Rig)) {
-        let before = self.rig.holdings();
-        misdeed(&self.rig);
-        self.after(name, before);
-    }
-
-    fn after(&mut self, name: &str, before: ringblk_scenarios::Holdings) {
-        self.neighbour.check(name);
-        self.rig.wait_disconnected("victim");
-        self.serves(name);
-        self.rig.wait_holdings(before);
-        self.rig.assert_running();
-    }
-}
-
-fn send(front: &Frontend, number: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
-    // The daemon may have closed already: that is the point.
-    match front.connection().send(number, FLAG_VERSION, payload, fds) {
-        Err(e) if !e.is_closed() => panic!("{e}"),
-        _ => {}
-    }
-}
-
-fn memfd(len: u64) -> OwnedFd {
-    let fd = rustix::fs::memfd_create("area", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&fd, len).unwrap();
-    fd
-}
-
-fn event() -> OwnedFd {
-    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
-}
+use client::{Connection, Frontend, Session};
+use ringblk_scenarios::Rng;
+use ringblk_scenarios::hostile::{LIMIT, SIZE, Victim, event, memfd, negotiated, send, setup};
 
 #[test]
 fn queue_indexes_that_do_not_exist() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for index in [1u32, 2, 255, 256, 65536, u32::MAX] {
         let addr = VringAddr { index, desc: 0x1000, used: 0x2000, avail: 0x3000, ..VringAddr::default() };
         let cases: [(&str, u32, Vec<u8>); 6] = [
@@ -135,7 +48,7 @@ fn queue_indexes_that_do_not_exist() {
 
 #[test]
 fn payloads_of_the_wrong_size() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     // Every message of the specification and some beyond, with payloads that fit none of them.
     for number in 1..=45u32 {
         for len in [1usize, 3, 200] {
@@ -153,7 +66,7 @@ fn payloads_of_the_wrong_size() {
 
 #[test]
 fn headers_that_are_none() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for number in [0u32, 46, 99, 1000, u32::MAX] {
         r.closes(&format!("message number {number}"), |rig| {
             let f = negotiated(rig);
@@ -181,7 +94,7 @@ fn headers_that_are_none() {
 
 #[test]
 fn messages_cut_short() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let whole =
         [wire::header(request::SET_VRING_NUM, FLAG_VERSION, 8).to_vec(), wire::state(0, 128)].concat();
     for len in 0..whole.len() {
@@ -208,7 +121,7 @@ fn messages_cut_short() {
 
 #[test]
 fn bytes_one_by_one_are_a_message_all_the_same() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     r.bears("a message in single bytes", |rig| {
         let f = Frontend::new(rig.connection("victim"));
         for byte in wire::header(request::GET_FEATURES, FLAG_VERSION, 0) {
@@ -223,7 +136,7 @@ fn bytes_one_by_one_are_a_message_all_the_same() {
 
 #[test]
 fn noise() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for seed in 0..40 {
         let name = format!("noise {seed}");
         r.bears(&name, |rig| {
@@ -241,7 +154,7 @@ fn noise() {
 
 #[test]
 fn well_formed_messages_in_any_order_with_any_values() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let memory = memfd(1 << 20);
     for seed in 0..60u64 {
         let name = format!("random messages, seed {seed}");
@@ -303,7 +216,7 @@ fn well_formed_messages_in_any_order_with_any_values() {
 
 #[test]
 fn descriptors_that_are_no_eventfds() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let (pipe_read, pipe_write) = rustix::pipe::pipe().unwrap();
     let (socket, _peer) = UnixStream::pair().unwrap();
     let timer = rustix::time::timerfd_create(
@@ -349,7 +262,7 @@ fn descriptors_that_are_no_eventfds() {
 
 #[test]
 fn descriptors_in_the_wrong_number() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let one = event();
     let many: Vec<BorrowedFd<'_>> = (0..32).map(|_| one.as_fd()).collect();
     for number in [request::SET_VRING_KICK, request::SET_VRING_CALL, request::SET_VRING_ERR] {
@@ -410,7 +323,7 @@ fn descriptors_in_the_wrong_number() {
 
 #[test]
 fn back_end_channels_that_are_none() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let (read, write) = rustix::pipe::pipe().unwrap();
     let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
     let area = memfd(4096);
@@ -450,102 +363,8 @@ fn back_end_channels_that_are_none() {
 }
 
 #[test]
-fn regions_that_cannot_be() {
-    let mut r = Rigged::start();
-    let area = memfd(1 << 20);
-    let region =
-        |guest_addr, size, user_addr, mmap_offset| MemoryRegion { guest_addr, size, user_addr, mmap_offset };
-    let good = region(0, 4096, 0x10_0000, 0);
-    let tables: [(&str, Vec<MemoryRegion>); 13] = [
-        ("an empty region", vec![region(0, 0, 0x1000, 0)]),
-        ("a region longer than its file", vec![region(0, 2 << 20, 0x1000, 0)]),
-        ("a region that starts beyond its file", vec![region(0, 4096, 0x1000, 1 << 20)]),
-        ("a region that runs past its file", vec![region(0, 1 << 20, 0x1000, 4096)]),
-        ("an offset that wraps", vec![region(0, 4096, 0x1000, u64::MAX - 100)]),
-        ("an offset with the sign bit", vec![region(0, 4096, 0x1000, 1 << 63)]),
-        ("a guest address that wraps", vec![region(u64::MAX - 100, 4096, 0x1000, 0)]),
-        ("a user address that wraps", vec![region(0, 4096, u64::MAX - 100, 0)]),
-        ("a region of half of everything", vec![region(0, 1 << 63, 0, 0)]),
-        ("a region of everything", vec![region(0, u64::MAX, 0, 0)]),
-        ("a region twice", vec![good, good]),
-        ("regions that overlap by a byte", vec![good, region(4095, 4096, 0x20_0000, 0)]),
-        ("one region inside another", vec![region(0, 65536, 0x10_0000, 0), region(4096, 4096, 0x20_0000, 0)]),
-    ];
-    for (name, table) in &tables {
-        let fds: Vec<BorrowedFd<'_>> = table.iter().map(|_| area.as_fd()).collect();
-        r.closes(name, |rig| {
-            let f = negotiated(rig);
-            send(&f, request::SET_MEM_TABLE, &wire::memory_table(table), &fds);
-            f
-        });
-        r.closes(&format!("{name}, added"), |rig| {
-            let f = negotiated(rig);
-            for region in table {
-                send(&f, request::ADD_MEM_REG, &wire::single_region(region), &[area.as_fd()]);
-            }
-            f
-        });
-    }
-    let (pipe, _write) = rustix::pipe::pipe().unwrap();
-    let (socket, _peer) = UnixStream::pair().unwrap();
-    let zero: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap().into();
-    let folder: OwnedFd = std::fs::File::open("/").unwrap().into();
-    let only_read: OwnedFd = std::fs::File::open("/proc/self/exe").unwrap().into();
-    let event = event();
-    for (name, fd) in [
-        ("a pipe", pipe.as_fd()),
-        ("a socket", socket.as_fd()),
-        ("/dev/zero", zero.as_fd()),
-        ("a folder", folder.as_fd()),
-        ("a file that may only be read", only_read.as_fd()),
-        ("an eventfd", event.as_fd()),
-    ] {
-        r.closes(&format!("memory that is {name}"), |rig| {
-            let f = negotiated(rig);
-            send(&f, request::SET_MEM_TABLE, &wire::memory_table(&[good]), &[fd]);
-            f
-        });
-    }
-    r.closes("the removal of a region that is not there", |rig| {
-        let f = negotiated(rig);
-        send(&f, request::ADD_MEM_REG, &wire::single_region(&good), &[area.as_fd()]);
-        send(&f, request::REM_MEM_REG, &wire::single_region(&region(4096, 4096, 0x1000, 0)), &[]);
-        f
-    });
-    r.closes("the removal of a region before any", |rig| {
-        let f = negotiated(rig);
-        send(&f, request::REM_MEM_REG, &wire::single_region(&good), &[]);
-        f
-    });
-}
-
-#[test]
-fn more_memory_slots_than_there_are() {
-    let mut r = Rigged::start();
-    let area = memfd(4096);
-    r.bears("600 memory slots", |rig| {
-        let f = negotiated(rig);
-        let slots = f.get_max_mem_slots().unwrap();
-        for n in 0..slots {
-            let region = MemoryRegion {
-                guest_addr: n << 20,
-                size: 4096,
-                user_addr: 0x10_0000 + (n << 20),
-                mmap_offset: 0,
-            };
-            f.add_mem_reg(&region, area.as_fd()).unwrap_or_else(|e| panic!("slot {n} of {slots}: {e}"));
-        }
-        let one_more =
-            MemoryRegion { guest_addr: slots << 20, size: 4096, user_addr: 1 << 40, mmap_offset: 0 };
-        let refused = f.add_mem_reg(&one_more, area.as_fd());
-        assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
-        f.connection().wait_closed(LIMIT).unwrap();
-    });
-}
-
-#[test]
 fn features_that_were_not_offered() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for bit in [0u64, 3, 4, 15, 16, 17, 24, 33, 34, 40, 63] {
         r.closes(&format!("feature bit {bit}"), |rig| {
             let mut f = Frontend::new(rig.connection("victim"));
@@ -576,7 +395,7 @@ fn features_that_were_not_offered() {
 
 #[test]
 fn ring_values_that_cannot_be() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for size in [0u32, 1, 3, 127, 2048, 32769, 65536, 65664, u32::MAX] {
         r.closes(&format!("a ring of {size}"), |rig| {
             let f = negotiated(rig);
@@ -647,7 +466,7 @@ fn ring_values_that_cannot_be() {
 
 #[test]
 fn configuration_writes_and_reads_that_cannot_be() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     for (offset, bytes) in
         [(0u32, &[1u8][..]), (31, &[1]), (32, &[1, 1]), (32, &[2]), (60, &[0]), (4095, &[0])]
     {
@@ -676,7 +495,7 @@ fn configuration_writes_and_reads_that_cannot_be() {
 
 #[test]
 fn operations_that_were_not_negotiated() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let area = memfd(4096);
     let cases: [(&str, u32, Vec<u8>, bool); 9] = [
         ("GET_CONFIG", request::GET_CONFIG, wire::config(0, 0, &[0; 60]), false),
@@ -701,7 +520,7 @@ fn operations_that_were_not_negotiated() {
 
 #[test]
 fn a_flood_of_requests_whose_replies_nobody_reads() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     r.bears("a flood of GET_FEATURES", |rig| {
         let mut connection = rig.connection("victim");
         connection.set_limit(Duration::from_millis(300));
@@ -726,7 +545,7 @@ fn a_flood_of_requests_whose_replies_nobody_reads() {
 
 #[test]
 fn clients_that_wait_in_the_backlog_and_leave() {
-    let mut r = Rigged::start();
+    let mut r = Victim::start();
     let before = r.rig.holdings();
     let mut disk = r.rig.disk("victim", &setup());
     // One is served at a time; the others wait, some give up.
@@ -742,25 +561,4 @@ fn clients_that_wait_in_the_backlog_and_leave() {
     r.serves("a crowd");
     r.neighbour.check("a crowd");
     r.rig.wait_holdings(before);
-}
-
-/// A region that is longer than the kernel can map in one piece, on a file that claims to be as long.
-#[test]
-fn a_region_of_an_exbibyte() {
-    let mut r = Rigged::start();
-    // tmpfs allows sparse files of 8 EiB less a page.
-    let area = memfd(1 << 60);
-    r.bears("a region of an exbibyte", |rig| {
-        let f = negotiated(rig);
-        let region = MemoryRegion { guest_addr: 0, size: 1 << 60, user_addr: 0, mmap_offset: 0 };
-        send(&f, request::SET_MEM_TABLE, &wire::memory_table(&[region]), &[area.as_fd()]);
-        f.connection().wait_closed(LIMIT).unwrap();
-    });
-    // And one that can be mapped although nobody has so much memory.
-    let area = memfd(1 << 40);
-    r.bears("a region of a tebibyte", |rig| {
-        let f = negotiated(rig);
-        let region = MemoryRegion { guest_addr: 0, size: 1 << 40, user_addr: 0, mmap_offset: 0 };
-        f.set_mem_table(&[(region, area.as_fd())]).unwrap();
-    });
 }
