@@ -217,7 +217,7 @@ impl Objects {
         match property {
             "type" => Ok(json!("iothread")),
             "thread-id" => Ok(json!(thread.tid())),
-            _ => Ok(json!((find(path, property)?.get)(&thread.poll_params()))),
+            _ => Ok(json!((find(property)?.get)(&thread.poll_params()))),
         }
     }
 
@@ -230,7 +230,7 @@ impl Objects {
         if ["type", "thread-id"].contains(&property) {
             return Err(QmpError::generic(format!("Property '{property}' is not writable")));
         }
-        let p = find(path, property)?;
+        let p = find(property)?;
         let value = value.as_i64().ok_or_else(|| QmpError::invalid_type(property, "integer"))?;
         let mut params = thread.poll_params();
         (p.set)(&mut params, checked(p, value)?);
@@ -261,11 +261,11 @@ impl Objects {
     }
 }
 
-fn find(path: &str, property: &str) -> Result<&'static Property, QmpError> {
+fn find(property: &str) -> Result<&'static Property, QmpError> {
     PROPERTIES
         .iter()
         .find(|p| p.name == property)
-        .ok_or_else(|| QmpError::generic(format!("Property '{path}.{property}' not found")))
+        .ok_or_else(|| QmpError::generic(format!("Property 'iothread.{property}' not found")))
 }
 
 /// What `query-iothreads` tells of one.

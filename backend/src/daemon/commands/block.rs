@@ -89,18 +89,18 @@ pub fn register(commands: &mut Commands<State>, registry: &Registry) {
         "block_resize",
         "Changes the size of a node while it is in use; guests hear of it.",
         |daemon: State, a: BlockResize| async move {
-            let node = match (a.device, a.node_name) {
-                (None, Some(n)) => n,
-                (Some(d), None) => match daemon.exports.borrow().get(&d) {
-                    Some(export) => export.info().node_name,
-                    None => {
-                        return Err(QmpError::new(
-                            qmp::ErrorClass::DeviceNotFound,
-                            format!("Cannot find device='{d}' nor node-name=''"),
-                        ));
-                    }
-                },
-                _ => return Err(QmpError::generic("Need exactly one of 'device' and 'node-name'")),
+            let (device, name) = (a.device.unwrap_or_default(), a.node_name.unwrap_or_default());
+            let export = daemon.exports.borrow().get(&device).map(|e| e.info().node_name);
+            let node = match export {
+                None if device.is_empty() && !name.is_empty() => name,
+                Some(node) if name.is_empty() => node,
+                _ if !device.is_empty() && !name.is_empty() => {
+                    return Err(QmpError::generic("Need exactly one of 'device' and 'node-name'"));
+                }
+                _ => {
+                    let text = format!("Cannot find device='{device}' nor node-name='{name}'");
+                    return Err(QmpError::generic(text));
+                }
             };
             let size =
                 u64::try_from(a.size).map_err(|_| QmpError::generic("Parameter 'size' expects a >0 size"))?;
