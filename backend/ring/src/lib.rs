@@ -40,6 +40,7 @@ mod slots;
 mod split;
 #[cfg(test)]
 mod testing;
+mod vanish;
 mod walk;
 
 pub use chain::{Chain, MAX_SEGMENTS};

@@ -10,6 +10,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use crate::error::MemoryError;
 use crate::iov::{self, GuestIov};
 use crate::region::{Mapped, Region};
+use crate::vanish;
 
 #[cfg(test)]
 mod tests;
@@ -53,9 +54,9 @@ impl Flat {
 /// # Files that get shorter
 /// A front end that truncates a memory file makes the pages behind it vanish: touching them is SIGBUS. Only the
 /// accesses this process makes itself are at risk (rings, indirect tables, headers, status bytes, bounce copies); system
-/// calls on guest memory fail with EFAULT. [`Memory::is_sealed_against_shrink`] says whether the kernel rules it out
-/// (QEMU and current cloud-hypervisor seal their memfds); where it does not, a front end can end the process that serves
-/// it, which is to say itself.
+/// calls on guest memory fail with EFAULT. QEMU and current cloud-hypervisor seal their memfds, so that it cannot happen
+/// ([`Memory::is_sealed_against_shrink`]); for other files a handler puts zero pages there, and [`Memory::is_lost`] says
+/// that the rings of this front end must stop.
 pub struct Memory {
     /// Tells epochs apart; never 0.
     epoch: u64,
@@ -185,6 +186,14 @@ impl Memory {
     #[must_use]
     pub fn is_sealed_against_shrink(&self) -> bool {
         self.regions.iter().all(|r| r.sealed)
+    }
+
+    /// Whether pages were found missing because somebody truncated a file: what is read there are zeroes, and nobody sees
+    /// what is written.
+    #[inline]
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        vanish::any() && self.regions.iter().any(|r| r.is_lost())
     }
 
     /// Appends the host segments of `len` bytes at guest address `gpa` to `out`: one, or several when the range spans

@@ -9,6 +9,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::error::MemoryError;
+use crate::vanish::Watched;
 
 /// A region as the vhost-user messages SET_MEM_TABLE and ADD_MEM_REG describe it.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub(crate) struct Mapped {
     pub guest_addr: u64,
     pub size: u64,
     pub user_addr: u64,
+    /// Before the mapping: dropped before it.
+    watched: Watched,
     /// Owns the mapping (and the descriptor it came from).
     mapping: Arc<MmapRegion<()>>,
     /// Where in the mapping the region starts: the part of `mmap_offset` that is below a page.
@@ -82,8 +85,12 @@ impl Mapped {
             .build()
             .map_err(map_error)?;
         keep_out_of_dumps_and_children(&mapping);
+        // A file that cannot get shorter loses no pages. The page size fits: map_len, its multiple, does.
+        let watched =
+            if sealed { Watched::NOT } else { Watched::new(mapping.as_ptr(), map_len, align as usize) };
+        let mapping = Arc::new(mapping);
         // delta < align <= map_len, so it fits.
-        Ok(Self { guest_addr, size, user_addr, mapping: Arc::new(mapping), delta: delta as usize, sealed })
+        Ok(Self { guest_addr, size, user_addr, watched, mapping, delta: delta as usize, sealed })
     }
 
     /// Private anonymous memory, for tests and for measuring.
@@ -104,7 +111,21 @@ impl Mapped {
                 rustix::fs::fcntl_get_seals(file.file().as_fd()).is_ok_and(|s| s.contains(SealFlags::SHRINK))
             }
         };
-        Ok(Self { guest_addr, size, user_addr, mapping, delta: 0, sealed })
+        let watched = match mapping.file_offset() {
+            Some(file) if !sealed => {
+                let page = page_size(file.file())?;
+                // It came from this very file's block size, which fits.
+                Watched::new(mapping.as_ptr(), mapping.size(), page as usize)
+            }
+            _ => Watched::NOT,
+        };
+        Ok(Self { guest_addr, size, user_addr, watched, mapping, delta: 0, sealed })
+    }
+
+    /// Whether the file was made shorter and somebody met the hole.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.watched.is_lost()
     }
 
     /// Host address of the region's first byte; `size` bytes from there are mapped while `self` lives.
@@ -124,7 +145,7 @@ fn check_extent(guest_addr: u64, user_addr: u64, size: u64) -> Result<(), Memory
 }
 
 /// Page size that offsets into this file must respect.
-fn page_size(fd: &OwnedFd) -> Result<u64, MemoryError> {
+fn page_size(fd: &impl AsFd) -> Result<u64, MemoryError> {
     let normal = rustix::param::page_size() as u64;
     let fs = rustix::fs::fstatfs(fd.as_fd())?;
     if fs.f_type as i64 != HUGETLBFS_MAGIC {

@@ -106,8 +106,10 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
         used_idx: None,
     };
     let queue = SplitQueue::new(memory.clone(), &config).map_err(|e| e.to_string())?;
-    let Some(view) = device.view() else { return Err("the export is going away".into()) };
+    // The flag first: a resume sets the view before it clears the flag. The other way round, a start between the two would
+    // serve the graph of before the pause, unpaused, until the resume's message arrives.
     let quiesced = device.quiesced();
+    let Some(view) = device.view() else { return Err("the export is going away".into()) };
     let worker = Rc::new_cyclic(|me| QueueWorker {
         local: local.clone(),
         source: Cell::new(None),
@@ -532,10 +534,15 @@ impl Source for QueueWorker {
             return false;
         }
         let mut error = None;
-        match inner.queue.fetch() {
-            Ok(0) => return false,
-            Ok(_) => {}
-            Err(e) => error = Some(e.to_string()),
+        let fetched = inner.queue.fetch();
+        if inner.slots.memory().is_lost() {
+            error = Some("the front end has truncated the guest's memory".to_owned());
+        } else {
+            match fetched {
+                Ok(0) => return false,
+                Ok(_) => {}
+                Err(e) => error = Some(e.to_string()),
+            }
         }
         // Read when this turn began, or after the sleep before it.
         let now = self.local.coarse_now();
