@@ -28,6 +28,9 @@ use objects::Objects;
 /// The iothread that serves what names none. Not an object: it cannot be removed, and ids of objects start with a letter.
 pub const OWN_IOTHREAD: &str = "#main";
 
+/// How long an export leaves its socket alone when a front end cannot be served for want of descriptors, ns.
+const ACCEPT_REST_NS: u64 = 500_000_000;
+
 thread_local! {
     /// For closures that other threads send to the main thread: they cannot carry an `Rc`.
     static CURRENT: RefCell<std::rc::Weak<Daemon>> = const { RefCell::new(std::rc::Weak::new()) };
@@ -174,10 +177,22 @@ impl Daemon {
     /// Lets the next front end of an export in, if one waits and none is connected.
     pub fn accept(&self, export: &Rc<Export>) {
         let id = export.id().to_owned();
-        export.accept(&self.executor.remote(), move || {
+        let served = export.accept(&self.executor.remote(), move || {
             if let Some(daemon) = current() {
                 daemon.connection_ended(&id);
             }
+        });
+        if served {
+            return;
+        }
+        let (export, clock) = (export.clone(), self.iothreads().into_iter().next());
+        self.executor.spawn_local(async move {
+            if let Some(thread) = clock {
+                // A thread that ends meanwhile cuts the rest short, which does no harm.
+                let _ = thread.call(|local| async move { local.sleep(ACCEPT_REST_NS).await }).await;
+            }
+            // The service looks at all listeners after each turn of the executor.
+            export.rested();
         });
     }
 

@@ -61,19 +61,19 @@ impl ExportSocket {
     }
 
     /// The next front end, if one is there.
-    pub fn accept(&self) -> Option<UnixStream> {
+    ///
+    /// # Errors
+    /// One waits and cannot be taken: there are no descriptors or no memory left. It keeps waiting.
+    pub fn accept(&self) -> std::io::Result<Option<UnixStream>> {
+        use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
         match self {
             ExportSocket::Listening(listener) => match listener.socket().accept() {
-                Ok((s, _)) => Some(s),
-                Err(e) => {
-                    // Gone before we looked, or out of descriptors: the listener stays, the next attempt may do better.
-                    if e.kind() != std::io::ErrorKind::WouldBlock {
-                        log::warn!("cannot accept a front end: {e}");
-                    }
-                    None
-                }
+                Ok((s, _)) => Ok(Some(s)),
+                // Gone before we looked.
+                Err(e) if [WouldBlock, ConnectionAborted, Interrupted].contains(&e.kind()) => Ok(None),
+                Err(e) => Err(e),
             },
-            ExportSocket::Connected(s) => s.borrow_mut().take(),
+            ExportSocket::Connected(s) => Ok(s.borrow_mut().take()),
         }
     }
 

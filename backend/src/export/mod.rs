@@ -72,6 +72,8 @@ pub struct Export {
     /// Wakes a removal that waits for the connection to end.
     ended: host::sync::Event,
     closing: Cell<bool>,
+    /// No front end is let in for a moment: the last one could not be served.
+    resting: Cell<bool>,
 }
 
 fn invalid(option: &str, text: impl std::fmt::Display) -> QmpError {
@@ -207,6 +209,7 @@ impl Export {
             connection: RefCell::new(None),
             ended: host::sync::Event::new(),
             closing: Cell::new(false),
+            resting: Cell::new(false),
         }))
     }
 
@@ -222,32 +225,43 @@ impl Export {
     }
 
     fn accepting(&self) -> bool {
-        !self.closing.get() && self.connection.borrow().is_none()
+        !self.closing.get() && !self.resting.get() && self.connection.borrow().is_none()
     }
 
-    /// Takes the next front end, if one waits and none is connected.
-    pub fn accept(self: &Rc<Self>, remote: &MainRemote, ended: impl FnOnce() + Send + 'static) {
+    /// Takes the next front end, if one waits and none is connected. False: one waits and cannot be served now; the export
+    /// rests until [`Export::rested`] is called, since its socket stays readable and would be looked at without end.
+    pub fn accept(&self, remote: &MainRemote, ended: impl FnOnce() + Send + 'static) -> bool {
         if !self.accepting() {
-            return;
+            return true;
         }
-        let next = self.listener.borrow().as_ref().and_then(|l| l.accept());
-        if let Some(socket) = next {
-            self.connect(socket, remote, ended);
+        let next = self.listener.borrow().as_ref().map_or(Ok(None), |l| l.accept());
+        let served = match next {
+            Ok(Some(socket)) => self.connect(socket, remote, ended),
+            other => other.map(drop),
+        };
+        if let Err(e) = &served {
+            log::error!("export '{}': cannot serve a front end: {e}", self.id);
+            self.resting.set(true);
         }
+        served.is_ok()
+    }
+
+    /// Front ends are let in again.
+    pub fn rested(&self) {
+        self.resting.set(false);
     }
 
     fn connect(
-        self: &Rc<Self>,
+        &self,
         socket: UnixStream,
         remote: &MainRemote,
         ended: impl FnOnce() + Send + 'static,
-    ) {
+    ) -> std::io::Result<()> {
         let remote = remote.clone();
         self.ended.clear();
-        match Connection::start(socket, self.device.clone(), move || remote.post(ended)) {
-            Ok(c) => *self.connection.borrow_mut() = Some(c),
-            Err(e) => log::error!("export '{}': cannot serve a front end: {e}", self.id),
-        }
+        let connection = Connection::start(socket, self.device.clone(), move || remote.post(ended))?;
+        *self.connection.borrow_mut() = Some(connection);
+        Ok(())
     }
 
     /// The connection's thread is through.
