@@ -11,6 +11,8 @@ use super::options::NullOptions;
 
 /// QEMU's default.
 const DEFAULT_SIZE: i64 = 1 << 30;
+/// Deleting a node and ending the process wait for its requests, its last flush among them: ten seconds at most.
+const MAX_LATENCY_NS: u64 = 10_000_000_000;
 /// Sizes are shown in whole sectors.
 const SECTOR: u64 = 512;
 
@@ -26,7 +28,13 @@ impl Null {
                 BlockError::invalid(format!("Value '{size}' is out of range for parameter 'size'"))
             })?;
         let latency_ns = u64::try_from(options.latency_ns.unwrap_or(0))
-            .map_err(|_| BlockError::invalid("latency-ns is invalid"))?;
+            .ok()
+            .filter(|ns| *ns <= MAX_LATENCY_NS)
+            .ok_or_else(|| {
+                BlockError::invalid(format!(
+                    "Parameter 'latency-ns' expects an integer from 0 to {MAX_LATENCY_NS}"
+                ))
+            })?;
         let filename = match options.size {
             None => format!("{name}://"),
             Some(size) => format!(r#"json:{{"driver": "{name}", "size": {size}}}"#),

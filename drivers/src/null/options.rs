@@ -14,9 +14,10 @@ pub struct NullOptions {
     #[schemars(range(min = 0))]
     #[schemars(extend("format" = "size"))]
     pub size: Option<i64>,
-    /// How long every request takes, in nanoseconds; 0 to 2^63 - 1, default: 0, which completes requests at once.
+    /// How long every request takes, in nanoseconds; 0 to 10^10 (ten seconds), default: 0, which completes requests at
+    /// once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = 10_000_000_000_i64))]
     pub latency_ns: Option<i64>,
     /// Whether reads return zeroes; default: false, which leaves the buffer as it is. Without it the reader gets back
     /// what its memory held before: turn it on wherever the data is looked at.

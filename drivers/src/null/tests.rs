@@ -33,7 +33,8 @@ fn nonsense_is_refused_with_words() {
     for (options, words) in [
         (json!({"size": -1}), "Value '-1' is out of range for parameter 'size'"),
         (json!({"size": i64::MAX}), "Value '9223372036854775807' is out of range for parameter 'size'"),
-        (json!({"latency-ns": -1}), "latency-ns is invalid"),
+        (json!({"latency-ns": -1}), "Parameter 'latency-ns' expects an integer from 0 to 10000000000"),
+        (json!({"latency-ns": i64::MAX}), "Parameter 'latency-ns' expects an integer from 0 to 10000000000"),
         (json!({"filename": "x"}), "Parameter 'filename' is unexpected"),
     ] {
         assert_eq!(open(options).err().as_deref(), Some(words));
