@@ -33,7 +33,7 @@ fn connect_and_disconnect() {
                 let mut disk = rig.disk("disk", &Setup { order, ..setup() });
                 let data = pattern(n, 4096);
                 disk.write(n % 1000 * 4096, &data).unwrap();
-                if n % 4 == 0 {
+                if n.is_multiple_of(4) {
                     disk.session().stop().unwrap();
                 } else {
                     for at in 0..16 {
@@ -116,7 +116,7 @@ fn exports_and_nodes_come_and_go() {
         rig.add_export("goes", "guest", &json!({"writable": true})).unwrap();
         let mut disk = rig.disk("goes", &setup());
         assert!(disk.read(0, 512).unwrap() == [0; 512]);
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             drop(disk);
             rig.wait_disconnected("goes");
             rig.command("block-export-del", json!({"id": "goes"}));

@@ -373,7 +373,26 @@ fn one_socket_is_not_taken_twice() {
 
 #[test]
 fn random_requests_on_two_queues_leave_the_image_that_the_model_says() {
-    let rig = Rig::start(&[Wanted::file("disk", SIZE).options("writable=on,num-queues=2")]);
+    random_requests(&Rig::start(&[Wanted::file("disk", SIZE).options("writable=on,num-queues=2")]));
+}
+
+#[test]
+fn the_same_with_an_iothread_for_each_queue() {
+    let options =
+        "writable=on,num-queues=2,iothread-vq-mapping.0.iothread=a,iothread-vq-mapping.1.iothread=b";
+    random_requests(&Rig::start_with(
+        &[Wanted::file("disk", SIZE).options(options)],
+        &["--object", "iothread,id=a", "--object", "iothread,id=b"],
+    ));
+}
+
+#[test]
+fn the_same_without_a_write_cache() {
+    let options = "writable=on,num-queues=2,writethrough=on";
+    random_requests(&Rig::start(&[Wanted::file("disk", SIZE).options(options)]));
+}
+
+fn random_requests(rig: &Rig) {
     let protocol = setup().protocol & !protocol::INFLIGHT_SHMFD;
     for seed in 0..3u64 {
         let mut disk = rig.disk("disk", &Setup { queues: 2, protocol, ..setup() });

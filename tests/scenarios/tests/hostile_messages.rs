@@ -14,6 +14,11 @@ use client::{Connection, Frontend, Session};
 use ringblk_scenarios::Rng;
 use ringblk_scenarios::hostile::{LIMIT, SIZE, Victim, event, memfd, negotiated, send, setup};
 
+/// Spoils the addresses of a ring.
+type Change = fn(&mut VringAddr);
+/// Makes a message for a session.
+type Payload = fn(&Session) -> Vec<u8>;
+
 #[test]
 fn queue_indexes_that_do_not_exist() {
     let mut r = Victim::start();
@@ -417,7 +422,7 @@ fn ring_values_that_cannot_be() {
     });
     // Addresses that no memory holds, that are not aligned, or that run out of their region: refused when the ring is to
     // start.
-    let moved: [(&str, fn(&mut VringAddr)); 8] = [
+    let moved: [(&str, Change); 8] = [
         ("descriptors nowhere", |a| a.desc = 0x10),
         ("an available ring nowhere", |a| a.avail = 0x10),
         ("a used ring nowhere", |a| a.used = 0x10),
@@ -425,9 +430,7 @@ fn ring_values_that_cannot_be() {
         ("an available ring that is not aligned", |a| a.avail += 1),
         ("a used ring that is not aligned", |a| a.used += 2),
         ("descriptors that run out of memory", |a| a.desc += (8 << 20) - 64),
-        ("addresses at the very top", |a| {
-            (a.desc, a.avail, a.used) = (u64::MAX & !15, u64::MAX & !1, u64::MAX & !3)
-        }),
+        ("addresses at the very top", |a| (a.desc, a.avail, a.used) = (!15, !1, !3)),
     ];
     for (name, change) in moved {
         r.closes(name, |rig| {
@@ -444,7 +447,7 @@ fn ring_values_that_cannot_be() {
         });
     }
     // A ring that runs may not be resized, rebased or moved.
-    let running: [(&str, u32, fn(&Session) -> Vec<u8>); 3] = [
+    let running: [(&str, u32, Payload); 3] = [
         ("SET_VRING_NUM", request::SET_VRING_NUM, |_| wire::state(0, 64)),
         ("SET_VRING_BASE", request::SET_VRING_BASE, |_| wire::state(0, 5)),
         ("SET_VRING_ADDR", request::SET_VRING_ADDR, |s| {
