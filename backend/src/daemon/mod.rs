@@ -261,7 +261,7 @@ impl Host for Daemon {
                 .borrow()
                 .iothread(id)
                 .cloned()
-                .ok_or_else(|| QmpError::generic(format!("iothread \"{id}\" object does not exist"))),
+                .ok_or_else(|| QmpError::generic(format!("iothread \"{id}\" not found"))),
         }
     }
 
