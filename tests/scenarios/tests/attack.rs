@@ -168,8 +168,8 @@ fn without_descriptors_the_front_end_waits_and_is_served_later() {
     // The hard limit, which the daemon inherited, stays: raising it again takes privileges.
     let maximum = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
     let limit = |n| rustix::process::Rlimit { current: Some(n), maximum };
-    let held = rig.holdings().descriptors as u64;
-    let all = rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit(held)).unwrap();
+    // Below any free number: not even the first of the descriptors of a connection can be had.
+    let all = rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, limit(3)).unwrap();
     let connection = rig.connection("e");
     rig.wait_for("refusal in the log", |rig| rig.daemon.stderr().contains("cannot serve a front end"));
     rustix::process::prlimit(Some(pid), rustix::process::Resource::Nofile, all).unwrap();
