@@ -396,3 +396,29 @@ fn chains_as_long_as_the_ring_and_longer() {
     session.guest.queues[0].publish().unwrap();
     session.frontend.get_vring_base(0).unwrap();
 }
+
+#[test]
+fn a_call_descriptor_that_is_full_blocks_nobody() {
+    let mut rig = rig();
+    let mut neighbour = Neighbour::connect(&rig);
+    let mut disk = rig.disk("victim", &setup());
+    // The counter at its maximum: one more write would block without O_NONBLOCK.
+    let call = disk.session().guest.queues[0].call_fd().try_clone_to_owned().unwrap();
+    while rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).is_err() {
+        // The daemon's own signal of the start is in it.
+        disk.session_mut().guest.queues[0].take_interrupts();
+    }
+    let tokens: Vec<_> =
+        (0..64).map(|n| disk.submit(0, &Request::new(op::IN, n, Payload::In(512))).unwrap()).collect();
+    disk.kick(0).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while disk.session().guest.queues[0].used_idx() != 64 {
+        assert!(Instant::now() < deadline, "the ring stands still");
+        std::thread::yield_now();
+    }
+    neighbour.check("a call descriptor that nobody reads");
+    for token in tokens {
+        assert_eq!(disk.wait(token).unwrap().status, status::OK);
+    }
+    rig.assert_running();
+}
