@@ -7,7 +7,7 @@ mod tests;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, chmod};
@@ -64,17 +64,17 @@ impl Listener {
                     format!("Failed to bind UNIX socket '{shown}': the path exists and is not a socket"),
                 );
             }
-            // Only a refused connection proves that nobody listens.
-            match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => {
-                    return fail(
-                        io::ErrorKind::AddrInUse,
-                        format!(
-                            "Failed to bind UNIX socket '{shown}': Address already in use: another process serves it"
-                        ),
-                    );
-                }
+            // Only a refused connection proves that nobody listens. It is asked without waiting: where the queue of
+            // connections is full, somebody listens, and may never take one.
+            let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+                .map_err(|e| context(e, "create"))?;
+            if rustix::net::connect(&probe, &address) != Err(Errno::CONNREFUSED) {
+                return fail(
+                    io::ErrorKind::AddrInUse,
+                    format!(
+                        "Failed to bind UNIX socket '{shown}': Address already in use: another process serves it"
+                    ),
+                );
             }
             std::fs::remove_file(path)?;
             bind(&fd, &address).map_err(|e| context(e, "bind"))?;

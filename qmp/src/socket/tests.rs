@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 
 use super::*;
 
@@ -21,6 +22,27 @@ fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
     UnixStream::connect(&path).unwrap();
     drop(live);
     assert!(!path.exists());
+}
+
+#[test]
+fn a_server_that_accepts_nobody_is_live_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let address = SocketAddrUnix::new(&path).unwrap();
+    let make = || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+    let busy = make();
+    bind(&busy, &address).unwrap();
+    listen(&busy, 0).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        let client = make();
+        match rustix::net::connect(&client, &address) {
+            Ok(()) => waiting.push(client),
+            Err(e) => break assert_eq!(e, Errno::AGAIN),
+        }
+    }
+    let error = Listener::bind(&path, None).unwrap_err();
+    assert!(error.to_string().contains("another process serves it"), "{error}");
 }
 
 #[test]
