@@ -75,6 +75,24 @@ struct Inner {
     idle: Vec<Waker>,
 }
 
+/// A request that is being driven. Should a driver panic, it fails the request: without an answer the driver of the
+/// guest would wait, and so would whoever stops the queue.
+struct Unanswered<'a> {
+    worker: &'a QueueWorker,
+    slot: u32,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        // Also dropped when the thread ends with requests under way; then nobody is there to be answered.
+        if std::thread::panicking()
+            && let Ok(mut inner) = self.worker.inner.try_borrow_mut()
+        {
+            self.worker.complete_in(&mut inner, self.slot, Status::IoErr, 0);
+        }
+    }
+}
+
 /// See the module's words.
 pub struct QueueWorker {
     local: Local,
@@ -244,6 +262,17 @@ impl QueueWorker {
         inner.force_signal = true;
         drop(inner);
         self.end_batch();
+    }
+
+    /// Replaces the error descriptor. A ring that is broken already says so at once.
+    pub fn set_err(&self, err: Option<Notifier>) {
+        let mut inner = self.inner.borrow_mut();
+        if let Some(err) = &err
+            && inner.broken
+        {
+            let _ = err.signal();
+        }
+        inner.err = err;
     }
 
     /// Moves to a new memory table.
@@ -437,7 +466,9 @@ impl QueueWorker {
     fn drive(&self, slot: u32) {
         let Some(me) = self.me.upgrade() else { return };
         self.local.spawn(async move {
+            let guard = Unanswered { worker: &me, slot };
             let (status, filled) = me.driven(slot).await;
+            std::mem::forget(guard);
             let mut inner = me.inner.borrow_mut();
             me.complete_in(&mut inner, slot, status, filled);
         });
