@@ -108,10 +108,11 @@ fn install() {
 
 extern "C" fn on_sigbus(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo, whose address is set for SIGBUS.
-    let address = unsafe { (*info).si_addr() }.addr();
+    let (address, code) = unsafe { ((*info).si_addr().addr(), (*info).si_code) };
     // SAFETY: errno is this thread's own; whatever was interrupted must find it as it was.
     let errno = unsafe { *libc::__errno_location() };
-    let mended = mend(address);
+    // Only pages that are not there. Memory that the hardware has lost is not to be read as zeroes.
+    let mended = code == libc::BUS_ADRERR && mend(address);
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     if !mended && let Some(before) = BEFORE.get() {

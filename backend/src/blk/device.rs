@@ -238,6 +238,11 @@ impl BlkDevice {
         self.on_queue(index, move |w| w.set_call(call));
     }
 
+    /// A new error descriptor for a running ring.
+    pub fn set_err(&self, index: usize, err: Option<Notifier>) {
+        self.on_queue(index, move |w| w.set_err(err));
+    }
+
     /// Kicks a queue that was started without a kick descriptor. False if it does not run.
     pub(super) fn poke(&self, index: usize) {
         if let Some(q) = self.queues.get(index) {

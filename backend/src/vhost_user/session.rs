@@ -368,7 +368,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         self.vring(index.into())?;
         let err = self.fds("error", index, fd)?;
-        self.vring(index.into())?.err = err;
+        let copy = err.as_ref().map(dup).transpose()?;
+        let v = self.vring(index.into())?;
+        v.err = err;
+        if v.running {
+            self.device.set_err(index.into(), copy);
+        }
         Ok(())
     }
 
