@@ -92,10 +92,11 @@ fn the_process_ends_under_load() {
 /// Resizes and users that come and go pause and resume both queues. A kick that is lost in between is a request that
 /// never ends.
 fn storm(poll_max_ns: u64) {
-    let thread = |id| format!("iothread,id={id},poll-max-ns={poll_max_ns}");
+    let thread = |id, aio| format!("iothread,id={id},aio={aio},poll-max-ns={poll_max_ns}");
     let mapping = "iothread-vq-mapping.0.iothread=a,iothread-vq-mapping.1.iothread=b";
     let wanted = Wanted::file("e", SIZE).options(&format!("writable=on,num-queues=2,share-rw=on,{mapping}"));
-    let mut rig = Rig::start_with(&[wanted], &["--object", &thread("a"), "--object", &thread("b")]);
+    let mut rig =
+        Rig::start_with(&[wanted], &["--object", &thread("a", "auto"), "--object", &thread("b", "threads")]);
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (control, path) = (rig.folder().join("qmp"), rig.socket("other").display().to_string());
