@@ -25,20 +25,18 @@ pub fn text(topic: &HelpTopic) -> Result<String, String> {
     match (topic.option, topic.subject.as_deref()) {
         ("blockdev", None) => {
             let entries: Vec<(&str, &str)> = registry.iter().map(|d| (d.name, "")).collect();
-            Ok(help::list("Drivers (see --blockdev DRIVER,help):", entries))
+            Ok(help::list("Drivers (see --blockdev DRIVER,help)", entries))
         }
         ("blockdev", Some(name)) => {
             let def = registry.get(name).ok_or_else(|| unknown(name))?;
             let own = help::members(name, &(def.schema)().to_value());
-            Ok(own + &help::members("Options of every node", &schema::<CommonOptions>()))
+            Ok(own + &help::members("Every node's", &schema::<CommonOptions>()))
         }
-        ("export", None) => {
-            Ok(help::list("Export types (see --export TYPE,help):", [("vhost-user-blk", "")]))
-        }
+        ("export", None) => Ok(help::list("Export types (see --export TYPE,help)", [("vhost-user-blk", "")])),
         ("export", Some(name @ "vhost-user-blk")) => {
             Ok(help::members(name, &schema::<VhostUserBlkOptions>()))
         }
-        ("object", None) => Ok(help::list("Object types (see --object TYPE,help):", [("iothread", "")])),
+        ("object", None) => Ok(help::list("Object types (see --object TYPE,help)", [("iothread", "")])),
         ("object", Some(name @ "iothread")) => Ok(help::members(name, &schema::<IoThreadProperties>())),
         (_, Some(name)) => Err(unknown(name)),
         (option, None) => Err(format!("--{option}: no help is available")),

@@ -66,11 +66,16 @@ fn collect(root: &Value, schema: &Value, prefix: &str, depth: usize, rows: &mut 
         rows.push(Row {
             key,
             kind: kind(root, target, 0),
-            about: about.lines().next().unwrap_or_default().to_owned(),
+            about: first_paragraph(about),
             optional: !prefix.is_empty() || !requires(schema, name),
             default: property.get("default").filter(|d| !d.is_null()).map(spell),
         });
     }
+}
+
+/// The text up to its first empty line, in one line.
+fn first_paragraph(text: &str) -> String {
+    text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 fn requires(schema: &Value, name: &str) -> bool {
