@@ -69,6 +69,12 @@ impl Boot {
         self
     }
 
+    /// An option of boot.sh that stands alone.
+    pub fn flag(mut self, option: &str) -> Self {
+        self.args.push(option.to_owned());
+        self
+    }
+
     /// Runs one of `tests/guest/scripts` next, in a shell of its own; `settings` are its variables.
     pub fn script(self, name: &str, settings: &str) -> Self {
         let path = repository("tests/guest/scripts").join(format!("{name}.sh"));

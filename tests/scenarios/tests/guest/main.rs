@@ -15,6 +15,7 @@ use boot::{Boot, available, turn};
 use client::daemon::Launch;
 use client::qmp;
 use ringblk_scenarios::{Rig, Wanted, pattern, rig};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -214,6 +215,36 @@ fn a_read_only_disk_and_one_without_write_cache() {
         .run();
     assert_eq!(fixed.sha256(), before, "the read-only image has changed");
     assert_eq!(through.sha256(), said(&output, "disk"));
+}
+
+#[test]
+fn an_orderly_restart_under_load_goes_unnoticed() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let image = Image::new();
+    let folder = tempfile::tempdir().unwrap();
+    let launch =
+        Launch::new(rig::ringblk()).args(plain_line(&image, folder.path())).env("RINGBLK_LOG", "info");
+    let socket = folder.path().join("disk");
+    let mut daemon = launch.spawn().unwrap();
+    drop(daemon.connect(&socket).unwrap());
+    let boot =
+        Boot::new(&socket).arg("--queues", "2").flag("--reconnect").script("outage", "ROUNDS=2 SIZE_MIB=4");
+    let mut restarts = 0;
+    let output = boot.shell(PRINT_SHA256).run_with(|question| {
+        assert_eq!(question, "outage");
+        // Both of its kinds of end take part, requests of both queues are in flight.
+        let signal = if restarts % 2 == 0 { Signal::TERM } else { Signal::INT };
+        daemon.signal(signal).unwrap();
+        assert!(daemon.wait(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
+        daemon = launch.spawn().unwrap();
+        restarts += 1;
+        "ok".to_owned()
+    });
+    assert_eq!(restarts, 2);
+    assert_eq!(image.sha256(), said(&output, "disk"));
 }
 
 /// The command line as qemu-storage-daemon knows it, all of it.

@@ -1,8 +1,9 @@
 //! What somebody else holds: images locked by other processes and by us, socket paths of the living and the dead.
 
+use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use client::daemon::{Daemon, Launch};
 use client::qmp;
@@ -89,6 +90,36 @@ fn an_image_that_another_daemon_writes_is_refused_until_it_lets_go() {
         holder.release();
         rig.command("block-export-add", export(&socket));
     }
+}
+
+#[test]
+fn an_image_that_a_tool_writes_is_refused_until_it_ends() {
+    if crate::peer().is_none() {
+        return;
+    }
+    let mut rig = Rig::start(&[]);
+    let path = rig.folder().join("image");
+    image::create(&path, MIB);
+    // The tool has the image open once it has done the first of its commands; it then waits for the next.
+    let mut tool = Command::new("qemu-io")
+        .args(["-f", "raw"])
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut orders = tool.stdin.take().unwrap();
+    orders.write_all(b"write -P 0x77 0 512\n").unwrap();
+    rig.wait_for("write of the tool", |_| image::read_at(&path, 0, 1)[0] == 0x77);
+    let node = json!({"driver": "file", "node-name": "n", "filename": path.display().to_string()});
+    rig.command("blockdev-add", node);
+    let socket = rig.socket("e");
+    let (class, text) = refusal(&mut rig.qmp, "block-export-add", export(&socket));
+    assert!(class == "GenericError" && text.contains("lock"), "{text}");
+    drop(orders);
+    assert!(tool.wait().unwrap().success());
+    rig.command("block-export-add", export(&socket));
 }
 
 #[test]
