@@ -6,8 +6,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
-use rustix::io::{Errno, FdFlags};
+use rustix::io::{Errno, FdFlags, ReadWriteFlags};
 
 #[cfg(test)]
 mod tests;
@@ -95,7 +96,8 @@ impl Notifier {
         checked(fd).map(Self)
     }
 
-    /// Adds one to the counter. Never blocks; a counter at its maximum is a signal already.
+    /// Adds one to the counter. A counter at its maximum is a signal already, and does not block, unless the front end has
+    /// taken O_NONBLOCK, which belongs to both sides, off again: then until there is room ([`Notifier::make_room`]).
     ///
     /// # Errors
     /// What the kernel says; nothing a retry would mend.
@@ -106,6 +108,21 @@ impl Notifier {
                 Err(Errno::INTR) => continue,
                 Err(e) => Err(e.into()),
             };
+        }
+    }
+}
+
+impl Notifier {
+    /// Empties a counter that is at its maximum, and ends the wait of whoever adds to it. Never blocks. For a front end that
+    /// has gone: it misses no interrupt, since a ring that starts again interrupts once.
+    pub fn make_room(&self) {
+        let mut fds = [PollFd::new(&self.0, PollFlags::OUT)];
+        let full = rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0);
+        if full {
+            let mut count = [0_u8; 8];
+            // NOWAIT: also when somebody else was faster. An offset of all ones is "none".
+            let buffer = &mut [io::IoSliceMut::new(&mut count)];
+            let _ = rustix::io::preadv2(&self.0, buffer, u64::MAX, ReadWriteFlags::NOWAIT);
         }
     }
 }

@@ -59,6 +59,8 @@ impl Session {
 
     /// The connection ended: stop every ring (waits for what is in flight), let go of the guest's memory.
     pub fn close(&mut self) {
+        // Stopping waits for the iothreads, which may wait for a descriptor that this front end made blocking and filled.
+        self.vrings.iter().flat_map(|v| [&v.call, &v.err]).flatten().for_each(Notifier::make_room);
         self.stop_all();
         self.device.channel().clear();
         self.vrings.clear();

@@ -178,3 +178,29 @@ fn without_descriptors_the_front_end_waits_and_is_served_later() {
     assert_ne!(front.get_features().unwrap(), 0);
     assert!(rig.connected("e"));
 }
+
+/// The flags of a descriptor belong to both sides: a front end can make its call descriptor block, and fill it. It stops
+/// the iothread that writes to it, but only as long as it is connected.
+#[test]
+fn a_call_descriptor_that_blocks_holds_nobody_after_its_front_end() {
+    let mut rig = Rig::start(&[Wanted::file("e", SIZE), Wanted::file("other", SIZE)]);
+    let mut disk = rig.disk("e", &setup(1));
+    disk.read(0, 4096).unwrap();
+    let queue = &mut disk.session_mut().guest.queues[0];
+    queue.take_interrupts();
+    rustix::fs::fcntl_setfl(queue.call_fd(), rustix::fs::OFlags::empty()).unwrap();
+    rustix::io::write(queue.call_fd(), &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    for _ in 0..4 {
+        disk.session_mut().guest.queues[0].request_interrupt();
+        disk.submit(0, &read(0)).unwrap();
+        disk.session_mut().guest.queues[0].publish().unwrap();
+        disk.session_mut().guest.queues[0].kick().unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    // Held open: nobody else will ever empty it.
+    let _held = disk.session().guest.queues[0].call_fd().try_clone_to_owned().unwrap();
+    drop(disk);
+    rig.wait_disconnected("e");
+    rig.disk("other", &setup(1)).read(0, 4096).unwrap();
+    rig.disk("e", &setup(1)).read(0, 4096).unwrap();
+}
