@@ -33,7 +33,8 @@ pub struct IoThreadProperties {
     /// Divisor by which it shrinks; 0 goes to 0 at once. Default: 0.
     #[serde(default)]
     pub poll_shrink: i64,
-    /// Most operations of one submission; 0 leaves it to the engine. Default: 0.
+    /// Accepted for QEMU's sake, kept and told again: here everything that has come together by the end of a turn of the
+    /// loop is submitted in one system call. Default: 0.
     #[serde(default)]
     pub aio_max_batch: i64,
     /// How the thread does its I/O. Default: auto.
@@ -80,7 +81,7 @@ pub struct IoThreadInfo {
     pub poll_grow: i64,
     /// Shrink divisor.
     pub poll_shrink: i64,
-    /// Most operations of one submission.
+    /// As it was set; see `aio-max-batch` of the object.
     pub aio_max_batch: i64,
     /// How it reaches the kernel: `io_uring` or `threads`.
     pub engine: String,
