@@ -32,6 +32,7 @@
 mod chain;
 mod error;
 mod eventfd;
+mod inflight;
 mod iov;
 mod layout;
 mod memory;
@@ -46,6 +47,7 @@ mod walk;
 pub use chain::{Chain, MAX_SEGMENTS};
 pub use error::{AccessError, MemoryError, QueueError};
 pub use eventfd::{EventFdError, Kick, Notifier};
+pub use inflight::{InflightError, InflightRegion, Tracker};
 pub use iov::{GuestIov, slice_iovs};
 pub use layout::{MAX_QUEUE_SIZE, RingAddresses};
 pub use memory::{MAX_REGIONS, Memory};

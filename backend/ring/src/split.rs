@@ -16,6 +16,7 @@ use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_U
 
 use crate::chain::Chain;
 use crate::error::QueueError;
+use crate::inflight::{InflightError, Tracker};
 use crate::layout::{RingAddresses, Rings};
 use crate::memory::{Flat, Memory};
 use crate::walk::Walk;
@@ -36,7 +37,7 @@ pub struct SplitConfig {
     pub event_idx: bool,
     /// Whether VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
-    /// Next entry of the available ring to take (SET_VRING_BASE, or from the inflight region).
+    /// Next entry of the available ring to take (SET_VRING_BASE); [`SplitQueue::track`] knows better.
     pub last_avail: u16,
     /// The used index to go on from; `None`: what the ring says.
     pub used_idx: Option<u16>,
@@ -80,9 +81,9 @@ enum Head {
 /// [`publish`](Self::publish), which says whether the driver wants to be told.
 ///
 /// # Tracking for restarts
-/// `pop` and `publish` leave room for inflight tracking by the caller: mark [`Chain::head`] after each `pop`; before
-/// `publish` link the heads of [`pending`](Self::pending), after it clear their marks and record
-/// [`state`](Self::state)`.used_idx`. [`resubmit`](Self::resubmit) takes a tracked head in again after a restart.
+/// [`track`](Self::track) hands a new queue its part of the in-flight area. From then on `pop` marks each chain there and
+/// `publish` unmarks it, in the order that lets a successor of this process know what it must do again; those heads
+/// [`resubmit`](Self::resubmit) takes in. Without it neither costs anything but a test.
 ///
 /// # Memory
 /// Chains point into [`epoch`](Self::epoch). Whoever has one in flight keeps that epoch alive; a clone of the `Arc` per
@@ -113,6 +114,8 @@ pub struct SplitQueue {
     /// One entry per descriptor; its length is `size`.
     heads: Box<[Head]>,
     pending: Vec<UsedElement>,
+    /// The ring's part of the in-flight area.
+    tracker: Option<Tracker>,
     memory: Arc<Memory>,
     broken: Option<QueueError>,
     addresses: RingAddresses,
@@ -158,11 +161,41 @@ impl SplitQueue {
             in_flight: 0,
             heads: vec![Head::Free; usize::from(size)].into_boxed_slice(),
             pending: Vec::with_capacity(usize::from(size)),
+            tracker: None,
             memory,
             broken: None,
             addresses: config.addresses,
             _owned: PhantomData,
         })
+    }
+
+    /// Tracks the ring in its part of the in-flight area from now on, and returns the heads that an earlier run of the device
+    /// had taken and not completed, oldest first: [`resubmit`](Self::resubmit) them before anything is fetched. To be
+    /// called once, before the first `fetch`.
+    ///
+    /// Where the ring goes on follows from its used index and those heads alone. What the front end said
+    /// ([`SplitConfig::last_avail`]) is not looked at: after a lost connection QEMU says the used index, which would
+    /// repeat some requests and forget others, cloud-hypervisor the available index, which would forget those that were never taken.
+    ///
+    /// # Errors
+    /// What is wrong with the area; the queue must not be used then.
+    pub fn track(&mut self, mut tracker: Tracker) -> Result<Vec<u16>, InflightError> {
+        if tracker.size() != self.size {
+            return Err(InflightError::RingSize { ring: self.size, tracked: tracker.size() });
+        }
+        let again = tracker.recover(self.used_idx)?;
+        // At most `size` <= 32768 heads.
+        self.next_avail = self.used_idx.wrapping_add(again.len() as u16);
+        self.avail_end = self.next_avail;
+        self.tracker = Some(tracker);
+        Ok(again)
+    }
+
+    /// Whether the front end has cut the file of the in-flight area: the ring must not go on then.
+    #[inline]
+    #[must_use]
+    pub fn tracking_is_lost(&self) -> bool {
+        self.tracker.as_ref().is_some_and(Tracker::is_lost)
     }
 
     /// Entries of the ring.
@@ -230,6 +263,9 @@ impl SplitQueue {
         self.prefetch();
         match self.unpack(head, chain) {
             Ok(()) => {
+                if let Some(tracker) = &mut self.tracker {
+                    tracker.taken(head);
+                }
                 self.next_avail = self.next_avail.wrapping_add(1);
                 Ok(true)
             }
@@ -238,7 +274,7 @@ impl SplitQueue {
     }
 
     /// Takes in again a chain that an earlier run of the device had popped and not completed. The available ring is not
-    /// looked at; [`SplitConfig::last_avail`] must already count it.
+    /// looked at; [`track`](Self::track) has counted it already.
     ///
     /// # Errors
     /// As for [`pop`](Self::pop).
@@ -317,6 +353,9 @@ impl SplitQueue {
         if self.pending.is_empty() {
             return false;
         }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.link(&self.pending);
+        }
         let mut idx = self.used_idx;
         for element in &self.pending {
             // SAFETY: `rings` is valid for `size` entries while `self.memory` lives; the mask keeps the slot below `size`.
@@ -328,11 +367,16 @@ impl SplitQueue {
         }
         // At most `size` <= 32768 elements, counted in `in_flight`.
         self.in_flight -= self.pending.len() as u32;
-        self.pending.clear();
         self.used_idx = idx;
         // SAFETY: `rings` is valid while `self.memory` lives.
         unsafe { self.rings.used_idx() }.store(idx.to_le(), Ordering::Release);
+        // Also what `Tracker::clear` relies on.
         fence(Ordering::SeqCst);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.clear(&self.pending);
+            tracker.settle(idx);
+        }
+        self.pending.clear();
         self.wants_notification()
     }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use graph::{BoxFut, RequestSource, View};
 use host::IoThread;
-use ring::{Kick, Memory, Notifier, RingAddresses};
+use ring::{Kick, Memory, Notifier, RingAddresses, Tracker};
 use vhost_user_backend::{VringMutex, VringT};
 
 use super::config::DeviceConfig;
@@ -46,8 +46,10 @@ pub struct RingSetup {
     pub size: u16,
     /// Where the three tables lie.
     pub addresses: RingAddresses,
-    /// Available index to go on from; the used index is the one in the ring.
+    /// Available index to go on from; the used index is the one in the ring. Not looked at when the ring is tracked.
     pub base: u16,
+    /// The ring's part of the in-flight area, if the front end keeps one.
+    pub inflight: Option<Tracker>,
     /// Features the driver accepted.
     pub features: u64,
     /// Wakes us. `None`: somebody calls [`BlkDevice::poke`] instead.

@@ -56,6 +56,8 @@ impl BlkDevice {
                     used: queue.used_ring(),
                 },
                 base: queue.next_avail(),
+                // The daemon refuses the messages.
+                inflight: None,
                 features: self.acked(),
                 kick: None,
                 // Through the daemon's wrapper, which follows SET_VRING_CALL: a driver gets its own descriptor only after

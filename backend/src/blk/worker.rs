@@ -56,6 +56,8 @@ struct Ended {
 
 struct Inner {
     queue: SplitQueue,
+    /// Heads that a run of the device before a crash left in flight, newest first. They go before all that is in the ring.
+    again: Vec<u16>,
     slots: Slots<InFlight>,
     /// The graph as it is until the next pause, with this queue's statistics.
     io: NodeIo,
@@ -110,7 +112,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     if find(key).is_some() {
         return Err("it runs already".into());
     }
-    let RingSetup { memory, size, addresses, base, features, kick, call, err } = setup;
+    let RingSetup { memory, size, addresses, base, inflight, features, kick, call, err } = setup;
     if features & feature::VERSION_1 == 0 {
         return Err("the driver did not accept VIRTIO_F_VERSION_1; legacy drivers are not served".into());
     }
@@ -123,7 +125,16 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
         last_avail: base,
         used_idx: None,
     };
-    let queue = SplitQueue::new(memory.clone(), &config).map_err(|e| e.to_string())?;
+    let mut queue = SplitQueue::new(memory.clone(), &config).map_err(|e| e.to_string())?;
+    let mut again = match inflight {
+        Some(tracker) => queue.track(tracker).map_err(|e| e.to_string())?,
+        None => Vec::new(),
+    };
+    if !again.is_empty() {
+        log::info!("export '{}': a queue does {} requests again", device.name(), again.len());
+    }
+    // Taken from the end.
+    again.reverse();
     // The flag first: a resume sets the view before it clears the flag. The other way round, a start between the two would
     // serve the graph of before the pause, unpaused, until the resume's message arrives.
     let quiesced = device.quiesced();
@@ -134,6 +145,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
         me: me.clone(),
         inner: RefCell::new(Inner {
             queue,
+            again,
             slots: Slots::new(size, memory),
             io: view.io(local),
             call,
@@ -164,6 +176,10 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
 /// Stops a queue: takes no more requests, waits for those in flight, publishes; the available index to go on from.
 pub async fn stop(key: u64) -> Option<u16> {
     let worker = find(key)?;
+    if !worker.inner.borrow().again.is_empty() {
+        // Stopped before the first turn: whoever asks where to go on is told an index that counts these as done.
+        worker.poll();
+    }
     worker.inner.borrow_mut().stopping = true;
     worker.drained().await;
     worker.end_batch();
@@ -195,10 +211,13 @@ impl Inner {
     /// Unpacks the next chain into a slot; `None` when there is none.
     #[inline]
     fn take(&mut self) -> Result<Option<u32>, String> {
-        let Inner { queue, slots, .. } = self;
+        let Inner { queue, slots, again, .. } = self;
         let mut popped = Ok(false);
         let taken = slots.take(|chain| {
-            popped = queue.pop(chain);
+            popped = match again.pop() {
+                Some(head) => queue.resubmit(head, chain).map(|()| true),
+                None => queue.pop(chain),
+            };
             let got = matches!(popped, Ok(true));
             if got {
                 chain.prefetch();
@@ -568,9 +587,11 @@ impl Source for QueueWorker {
         let fetched = inner.queue.fetch();
         if inner.slots.memory().is_lost() {
             error = Some("the front end has truncated the guest's memory".to_owned());
+        } else if inner.queue.tracking_is_lost() {
+            error = Some("the front end has truncated the in-flight area".to_owned());
         } else {
             match fetched {
-                Ok(0) => return false,
+                Ok(0) if inner.again.is_empty() => return false,
                 Ok(_) => {}
                 Err(e) => error = Some(e.to_string()),
             }

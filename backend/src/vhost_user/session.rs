@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use ring::{Kick, Memory, Notifier, Region, RingAddresses};
+use ring::{InflightRegion, Kick, Memory, Notifier, Region, RingAddresses};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use vhost_user_backend::VhostUserBackend as _;
@@ -44,6 +44,8 @@ pub struct Session {
     features: u64,
     protocol: VhostUserProtocolFeatures,
     memory: Option<Arc<Memory>>,
+    /// Where rings that start from now on are tracked. The front end keeps the memory file when we are gone.
+    inflight: Option<Arc<InflightRegion>>,
     vrings: Vec<Vring>,
 }
 
@@ -54,7 +56,8 @@ impl Session {
         device.channel().clear();
         let device = VhostDevice(device);
         let vrings = std::iter::repeat_with(Vring::default).take(device.num_queues()).collect();
-        Session { device, features: 0, protocol: VhostUserProtocolFeatures::empty(), memory: None, vrings }
+        let protocol = VhostUserProtocolFeatures::empty();
+        Session { device, features: 0, protocol, memory: None, inflight: None, vrings }
     }
 
     /// The connection ended: stop every ring (waits for what is in flight), let go of the guest's memory.
@@ -65,7 +68,25 @@ impl Session {
         self.device.channel().clear();
         self.vrings.clear();
         self.memory = None;
+        self.inflight = None;
         self.device.reset_device();
+    }
+
+    /// What the device offers under any daemon, and what this session adds to it.
+    fn offered(&self) -> VhostUserProtocolFeatures {
+        self.device.protocol_features() | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+    }
+
+    /// An area may have no more rings than the device.
+    fn check_inflight(&self, area: &VhostUserInflight) -> Result<()> {
+        let count = self.vrings.len();
+        if usize::from(area.num_queues) > count {
+            return Err(self.refuse(format_args!(
+                "in-flight area for {} queues: the device has {count}",
+                area.num_queues
+            )));
+        }
+        Ok(())
     }
 
     fn refuse(&self, text: impl std::fmt::Display) -> Error {
@@ -117,11 +138,17 @@ impl Session {
             );
             return Ok(());
         };
+        let inflight = match &self.inflight {
+            // The number of queues is far below 65536.
+            Some(area) => Some(area.tracker(index as u16, v.size).map_err(|e| self.refuse(e))?),
+            None => None,
+        };
         let setup = RingSetup {
             memory,
             size: v.size,
             addresses,
             base: v.base,
+            inflight,
             features: self.features,
             kick: Some(dup_kick(kick)?),
             call: v.call.as_ref().map(dup).transpose()?.map(Call::Notifier),
@@ -215,6 +242,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             *v = Vring::default();
         }
         self.features = 0;
+        // The rings start from nothing, and so does what is remembered of them: front ends send an area each time.
+        self.inflight = None;
         self.device.reset_device();
         Ok(())
     }
@@ -380,11 +409,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(self.device.protocol_features())
+        Ok(self.offered())
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.device.protocol_features() | VhostUserProtocolFeatures::REPLY_ACK;
+        let offered = self.offered() | VhostUserProtocolFeatures::REPLY_ACK;
         let unknown = features & !offered.bits();
         if unknown != 0 {
             return Err(self.refuse(format_args!("protocol features {unknown:#x} were not offered")));
@@ -428,12 +457,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(self.refuse("GET_SHARED_OBJECT was not negotiated"))
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(self.refuse("GET_INFLIGHT_FD was not negotiated"))
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.check_inflight(wanted)?;
+        let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
+        let (fd, size) = InflightRegion::create(queues, queue_size).map_err(|e| self.refuse(e))?;
+        Ok((VhostUserInflight::new(size, 0, queues, queue_size), File::from(fd)))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(self.refuse("SET_INFLIGHT_FD was not negotiated"))
+    fn set_inflight_fd(&mut self, area: &VhostUserInflight, file: File) -> Result<()> {
+        self.check_inflight(area)?;
+        if self.vrings.iter().any(|v| v.running) {
+            return Err(self.refuse("SET_INFLIGHT_FD while rings are running"));
+        }
+        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *area;
+        let area = InflightRegion::map(OwnedFd::from(file), mmap_offset, mmap_size, num_queues, queue_size);
+        self.inflight = Some(Arc::new(area.map_err(|e| self.refuse(e))?));
+        Ok(())
     }
 
     fn set_device_state_fd(
