@@ -55,6 +55,8 @@ pub struct Daemon {
     pub events: qmp::Events,
     /// Descriptors that were inherited.
     pub passed: RefCell<PassedFds>,
+    /// Until the command line is carried out.
+    starting: Cell<bool>,
     /// Set when the process should end.
     quit: Cell<bool>,
     own: RefCell<Option<IoThread>>,
@@ -75,12 +77,18 @@ impl Daemon {
             exports: RefCell::default(),
             events,
             passed: RefCell::new(passed),
+            starting: Cell::new(true),
             quit: Cell::new(false),
             own: RefCell::new(None),
             me: me.clone(),
         });
         CURRENT.set(daemon.me.clone());
         Ok(daemon)
+    }
+
+    /// The command line is carried out: from now on nothing may hold up the main thread.
+    pub fn started(&self) {
+        self.starting.set(false);
     }
 
     /// Asks the loop to end.
@@ -249,6 +257,10 @@ impl Daemon {
 }
 
 impl Host for Daemon {
+    fn starting(&self) -> bool {
+        self.starting.get()
+    }
+
     fn graph(&self) -> &Graph {
         &self.graph
     }

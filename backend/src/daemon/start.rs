@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use graph::Registry;
@@ -27,13 +26,6 @@ use crate::process::listen_fds::{PassedFds, Socket};
 use crate::process::notify::Notifier;
 use crate::process::pidfile::Pidfile;
 use crate::process::{logging, signals::Signals};
-
-/// How long an option of the command line waits for an image that somebody else has locked.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
-/// And how often it looks.
-const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// What the drivers say (QEMU's words) when an image is locked; the command layer passes on no more than words.
-const LOCKED: &str = "Is another process using the image";
 
 type Subscriber = Box<dyn MutEventSubscriber>;
 type Channel = Rc<RefCell<ControlChannel<State>>>;
@@ -86,6 +78,7 @@ fn serve(
     for step in plan.steps {
         apply(&step, daemon, table, channel, &mut chardevs).map_err(|e| step.error(e).to_string())?;
     }
+    daemon.started();
     let text = |e: event_manager::Error| format!("the main loop cannot be set up: {e}");
     let mut manager: EventManager<Subscriber> = EventManager::new().map_err(text)?;
     manager.add_subscriber(Box::new(Service::new(daemon.clone(), signals)));
@@ -118,8 +111,8 @@ fn apply(
     chardevs: &mut HashMap<String, Chardev>,
 ) -> Result<(), String> {
     match &step.action {
-        Action::Blockdev(text) => command_after_predecessor(daemon, table, "blockdev-add", text),
-        Action::Export(text) => command_after_predecessor(daemon, table, "block-export-add", text),
+        Action::Blockdev(text) => command(daemon, table, "blockdev-add", text),
+        Action::Export(text) => command(daemon, table, "block-export-add", text),
         Action::Object(text) => command(daemon, table, "object-add", text),
         Action::Chardev(c) => {
             chardevs.insert(c.id.clone(), c.clone());
@@ -138,26 +131,6 @@ fn command(
 ) -> Result<(), String> {
     let call = table.call_option(daemon.clone(), name, &text.text, text.implied_key).map_err(|e| e.desc)?;
     daemon.executor.block_on(call).map(drop).map_err(|e| e.desc)
-}
-
-/// The same, for an option that may meet the lock of a predecessor which was killed. The kernel gives a dead process' locks
-/// back only when the last of its writes is done: until then the image must not be written by us, nor a request that the
-/// predecessor left be done again, or the old write could overtake what follows. It is a matter of milliseconds on a
-/// healthy disk; a lock that stays longer is somebody else's.
-fn command_after_predecessor(
-    daemon: &Rc<Daemon>,
-    table: &CommandTable<State>,
-    name: &str,
-    text: &QapiText,
-) -> Result<(), String> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match command(daemon, table, name, text) {
-            // A refused command has changed nothing, so it may be given again.
-            Err(e) if e.contains(LOCKED) && Instant::now() < deadline => std::thread::sleep(LOCK_INTERVAL),
-            other => return other,
-        }
-    }
 }
 
 fn monitor(

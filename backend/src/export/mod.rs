@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use graph::{Graph, Perm, Root, RootOptions};
 use host::IoThread;
@@ -29,6 +30,11 @@ pub const MAX_QUEUES: u16 = 256;
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// Segments announced unless `queue-size` is given: fits rings of 128, what front ends set up by default.
 const DEFAULT_SEG_MAX: u16 = 126;
+
+/// How long an export of the command line waits for an image that another process has locked.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// And how often it looks.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What `query-block-exports` tells of an export.
 #[derive(Clone, Debug, serde::Serialize, schemars::JsonSchema)]
@@ -58,6 +64,8 @@ pub trait Host {
     /// # Errors
     /// No such object, or it cannot be started.
     fn iothread(&self, id: Option<&str>) -> Result<IoThread, QmpError>;
+    /// Whether the command line is still being carried out: the main thread has nobody to serve yet, and may wait.
+    fn starting(&self) -> bool;
     /// Where errors of this export's I/O go.
     fn error_sink(&self, export: &str) -> ErrorSink;
 }
@@ -144,6 +152,28 @@ fn place(mapping: &[IoThreadVirtQueueMapping], queues: u16) -> Result<Vec<usize>
         .collect()
 }
 
+/// Attaches to the node. At the start of the process it waits a moment for an image that is locked: by a predecessor which
+/// was killed, as a rule. The kernel gives a dead process' locks back only when the last of its writes is done; before
+/// that, a request it left must not be done again, or the old write could overtake what follows. That takes milliseconds on a
+/// healthy disk; a lock that stays is somebody else's. Front ends that connect meanwhile wait in the backlog.
+async fn attach(
+    host: &dyn Host,
+    node: &str,
+    root: RootOptions,
+    source: Rc<DeviceSource>,
+) -> graph::Result<Root> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match host.graph().attach(node, root.clone(), source.clone()).await {
+            // EAGAIN is what drivers say of a lock; nothing was changed.
+            Err(e) if e.errno() == graph::Errno::EAGAIN && host.starting() && Instant::now() < deadline => {
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            other => return other,
+        }
+    }
+}
+
 impl Export {
     /// Makes an export: checks, attaches to the node, listens. Nothing stays behind on an error.
     ///
@@ -200,7 +230,7 @@ impl Export {
         let listener = ExportSocket::open(&o.addr, inherited)?;
         let source = Rc::new(DeviceSource(device.clone()));
         let root = RootOptions { perm, shared, granularity, ..RootOptions::new(description, false) };
-        let root = graph.attach(&o.node_name, root, source).await.map_err(crate::daemon::errors::block)?;
+        let root = attach(host, &o.node_name, root, source).await.map_err(crate::daemon::errors::block)?;
         Ok(Rc::new(Export {
             id: o.id,
             device,

@@ -245,6 +245,47 @@ fn a_file_that_is_cut_is_noticed() {
     assert!(t.is_lost());
 }
 
+#[test]
+fn a_queue_tracks_what_it_takes_and_publishes() {
+    let mut driver = Driver::new(SIZE);
+    let area = area(1, SIZE);
+    // What a front end says after a lost connection is not looked at.
+    let config = crate::SplitConfig { last_avail: 5, ..driver.config() };
+    let mut queue = crate::SplitQueue::new(driver.memory.clone(), &config).unwrap();
+    assert!(matches!(queue.track(area.tracker(0, 4).unwrap()), Err(InflightError::RingSize { .. })));
+    assert_eq!(queue.track(tracker(&area)).unwrap(), NONE);
+    assert_eq!(queue.state(), crate::QueueState { last_avail: 0, used_idx: 0 });
+    for head in [6, 2, 3] {
+        driver.desc(head, (DATA, 1, WRITE, 0));
+        driver.offer(head);
+    }
+    let mut chain = Chain::new();
+    assert_eq!(queue.fetch(), Ok(3));
+    assert_eq!(recover(&area, 0).unwrap(), NONE, "looked at, not taken");
+    for heads in [&[6][..], &[6, 2], &[6, 2, 3]] {
+        assert_eq!(queue.pop(&mut chain), Ok(true));
+        assert_eq!(recover(&area, 0).unwrap(), heads);
+    }
+    for head in [3, 6] {
+        queue.push_used(head, 1).unwrap();
+    }
+    assert_eq!(recover(&area, 0).unwrap(), [6, 2, 3], "completed, not published");
+    queue.publish();
+    let t = tracker(&area);
+    let (last, used) = (&t.header().last_batch_head, &t.header().used_idx);
+    assert_eq!((last.load(Ordering::Relaxed), used.load(Ordering::Relaxed)), (6, 2));
+    assert_eq!(t.entries()[6].next.load(Ordering::Relaxed), 3);
+    assert_eq!(recover(&area, 2).unwrap(), [2]);
+
+    // A successor of another kind of death: it is told 2 by QEMU, 3 by cloud-hypervisor.
+    for last_avail in [2, 3] {
+        let config = crate::SplitConfig { last_avail, ..driver.config() };
+        let mut next = crate::SplitQueue::new(driver.memory.clone(), &config).unwrap();
+        assert_eq!(next.track(tracker(&area)).unwrap(), [2]);
+        assert_eq!((next.state().last_avail, next.fetch()), (3, Ok(0)));
+    }
+}
+
 /// A ring with its driver, whose device is killed now and then.
 struct Life {
     driver: Driver,
