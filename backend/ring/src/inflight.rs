@@ -387,6 +387,14 @@ impl Tracker {
         (self.counter, self.last) = (0, 0);
     }
 
+    /// Nothing is in flight and nobody waits for anything: the ring was taken back in order.
+    pub(crate) fn forget(&mut self, used: u16) {
+        for entry in self.entries() {
+            entry.inflight.store(0, Ordering::Relaxed);
+        }
+        self.settle(used);
+    }
+
     /// Step "take": the chain at `head` is about to be executed.
     #[inline(always)]
     pub(crate) fn taken(&mut self, head: u16) {

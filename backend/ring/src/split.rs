@@ -191,6 +191,17 @@ impl SplitQueue {
         Ok(again)
     }
 
+    /// The front end takes the ring back (GET_VRING_BASE, a reset) and is told where it stands: chains that were taken and
+    /// never completed, because they were what broke the ring, are its own affair from now on. After a lost connection
+    /// it is not told, so their marks stay.
+    pub fn forget_taken(&mut self) {
+        if let Some(tracker) = &mut self.tracker
+            && self.in_flight > 0
+        {
+            tracker.forget(self.used_idx);
+        }
+    }
+
     /// Whether the front end has cut the file of the in-flight area: the ring must not go on then.
     #[inline]
     #[must_use]

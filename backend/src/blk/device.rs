@@ -207,11 +207,12 @@ impl BlkDevice {
             .map_err(|e| e.to_string())
     }
 
-    /// Stops queue `index` once nothing of it is in flight; the available index to go on from, if it ran.
-    pub fn stop_queue(&self, index: usize) -> Option<u16> {
+    /// Stops queue `index` once nothing of it is in flight; the available index to go on from, if it ran. `told`: the front
+    /// end will be told it; without that, as after a lost connection, the in-flight area keeps what had no answer.
+    pub fn stop_queue(&self, index: usize, told: bool) -> Option<u16> {
         let q = self.queues.get(index)?;
         let key = q.key;
-        q.iothread.call_blocking(move |_| worker::stop(key)).ok().flatten()
+        q.iothread.call_blocking(move |_| worker::stop(key, told)).ok().flatten()
     }
 
     fn on_queue(&self, index: usize, f: impl FnOnce(&worker::QueueWorker) + Send + 'static) {

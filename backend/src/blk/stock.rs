@@ -150,7 +150,7 @@ impl VhostUserBackend for VhostDevice {
         let index = index as usize;
         let ring = self.0.stock.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
         if let Some(ring) = ring
-            && let Some(base) = self.0.stop_queue(index)
+            && let Some(base) = self.0.stop_queue(index, true)
         {
             ring.vring.set_queue_next_avail(base);
         }

@@ -174,7 +174,8 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
 }
 
 /// Stops a queue: takes no more requests, waits for those in flight, publishes; the available index to go on from.
-pub async fn stop(key: u64) -> Option<u16> {
+/// `told`: the front end is told that index, so that nothing needs to be remembered of requests that had no answer.
+pub async fn stop(key: u64, told: bool) -> Option<u16> {
     let worker = find(key)?;
     if !worker.inner.borrow().again.is_empty() {
         // Stopped before the first turn: whoever asks where to go on is told an index that counts these as done.
@@ -188,7 +189,11 @@ pub async fn stop(key: u64) -> Option<u16> {
         worker.local.remove_source(source);
     }
     WORKERS.with_borrow_mut(|w| w.remove(&key));
-    let inner = worker.inner.borrow();
+    let mut inner = worker.inner.borrow_mut();
+    // Those still to be done again (the queue was paused all the time) stay marked for the next start.
+    if told && inner.again.is_empty() {
+        inner.queue.forget_taken();
+    }
     Some(inner.queue.state().last_avail)
 }
 

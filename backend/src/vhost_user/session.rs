@@ -64,7 +64,7 @@ impl Session {
     pub fn close(&mut self) {
         // Stopping waits for the iothreads, which may wait for a descriptor that this front end made blocking and filled.
         self.vrings.iter().flat_map(|v| [&v.call, &v.err]).flatten().for_each(Notifier::make_room);
-        self.stop_all();
+        self.stop_all(false);
         self.device.channel().clear();
         self.vrings.clear();
         self.memory = None;
@@ -102,20 +102,21 @@ impl Session {
         self.vrings.get_mut(index as usize).ok_or(Error::InvalidParam)
     }
 
-    fn stop_all(&mut self) {
+    fn stop_all(&mut self, told: bool) {
         for index in 0..self.vrings.len() {
-            self.stop(index);
+            self.stop(index, told);
         }
     }
 
-    /// Stops the ring if it runs; afterwards nothing of it is in flight and `base` says where to go on.
-    fn stop(&mut self, index: usize) {
+    /// Stops the ring if it runs; afterwards nothing of it is in flight and `base` says where to go on. `told`: the front
+    /// end asked for it.
+    fn stop(&mut self, index: usize, told: bool) {
         let Some(v) = self.vrings.get_mut(index) else { return };
         if !v.running {
             return;
         }
         v.running = false;
-        if let Some(base) = self.device.stop_queue(index) {
+        if let Some(base) = self.device.stop_queue(index, told) {
             v.base = base;
         }
         self.device.channel().ring_stopped();
@@ -237,7 +238,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.stop_all();
+        self.stop_all(true);
         for v in &mut self.vrings {
             *v = Vring::default();
         }
@@ -355,7 +356,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.vring(index)?;
-        self.stop(index as usize);
+        self.stop(index as usize, true);
         let v = self.vring(index)?;
         // The ring is stopped: its descriptors are given back (the next start sends new ones).
         v.kick = None;

@@ -17,6 +17,9 @@ use ringblk_scenarios::hostile::{LIMIT, Victim, memfd, negotiated, send, setup};
 /// 64 + 64 * 2 * 16 bytes rounded up: a ring of 128 entries, as `setup` makes it.
 const PART: u64 = 2112;
 
+/// Two bytes of the area, and where.
+type Field = (u64, [u8; 2]);
+
 fn description(mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size: u16) -> InflightDescription {
     InflightDescription { mmap_size, mmap_offset, num_queues, queue_size }
 }
@@ -147,7 +150,7 @@ fn areas_whose_content_makes_no_sense() {
     let entries = (10u64, 128u16.to_ne_bytes());
     let last = |head: u16| (12u64, head.to_ne_bytes());
     let used = |idx: u16| (14u64, idx.to_ne_bytes());
-    let cases: [(&str, Vec<(u64, [u8; 2])>); 6] = [
+    let cases: [(&str, Vec<Field>); 6] = [
         ("a version nobody knows", vec![version(2), entries]),
         ("another number of entries", vec![version(1), (10, 127u16.to_ne_bytes())]),
         ("no number of entries", vec![version(1)]),
@@ -165,7 +168,7 @@ fn areas_whose_content_makes_no_sense() {
         });
     }
     // Marks for requests that are none: the ring stops, nothing else does.
-    let all: Vec<(u64, [u8; 2])> = (0..128).map(|head| (16 + 16 * head, [0xff, 0xff])).collect();
+    let all: Vec<Field> = (0..128).map(|head| (16 + 16 * head, [0xff, 0xff])).collect();
     r.bears("marks on everything", |rig| {
         let mut spoil: Vec<(u64, &[u8])> = all.iter().map(|(at, b)| (*at, b.as_slice())).collect();
         let (v, e) = (version(1), entries);

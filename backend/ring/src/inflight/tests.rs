@@ -277,6 +277,12 @@ fn a_queue_tracks_what_it_takes_and_publishes() {
     assert_eq!(t.entries()[6].next.load(Ordering::Relaxed), 3);
     assert_eq!(recover(&area, 2).unwrap(), [2]);
 
+    // The ring is taken back, though one chain has no answer; without being told, that one is not forgotten.
+    let mut other = crate::SplitQueue::new(driver.memory.clone(), &config).unwrap();
+    assert_eq!(other.track(tracker(&area)).unwrap(), [2]);
+    other.forget_taken();
+    assert_eq!(recover(&area, 2).unwrap(), [2], "not taken by this run yet");
+
     // A successor of another kind of death: it is told 2 by QEMU, 3 by cloud-hypervisor.
     for last_avail in [2, 3] {
         let config = crate::SplitConfig { last_avail, ..driver.config() };
@@ -284,6 +290,8 @@ fn a_queue_tracks_what_it_takes_and_publishes() {
         assert_eq!(next.track(tracker(&area)).unwrap(), [2]);
         assert_eq!((next.state().last_avail, next.fetch()), (3, Ok(0)));
     }
+    queue.forget_taken();
+    assert_eq!(recover(&area, 2).unwrap(), NONE);
 }
 
 /// A ring with its driver, whose device is killed now and then.
