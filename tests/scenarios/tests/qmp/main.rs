@@ -4,6 +4,7 @@
 
 mod compatible;
 mod events;
+mod limits;
 mod locks;
 mod refusals;
 mod schema;
