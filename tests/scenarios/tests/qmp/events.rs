@@ -1,6 +1,6 @@
 //! Events with their causes: exports that end, requests that fail.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -161,4 +161,28 @@ fn hard_removal_with_requests_in_flight_ends_them_first() {
     rig.command("blockdev-del", json!({"node-name": "node-e"}));
     rig.qmp.set_limit(Duration::from_millis(200));
     assert!(rig.qmp.wait_event("BLOCK_EXPORT_DELETED").is_err(), "the event comes once");
+}
+
+#[test]
+fn hard_removal_ends_a_front_end_that_reads_no_reply() {
+    let mut rig = Rig::start(&[Wanted::file("e", MIB)]);
+    let connection = rig.connection("e");
+    let mut stream = connection.stream().try_clone().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    // GET_FEATURES, version 1, no payload; until replies fill one direction and questions the other.
+    let question = [1_u32, 1, 0].map(u32::to_ne_bytes).concat();
+    let mut full = 0;
+    while full < 20 {
+        match stream.write(&question) {
+            Ok(n) => assert_eq!(n, question.len(), "small messages go out whole"),
+            Err(e) => {
+                assert_eq!(e.kind(), std::io::ErrorKind::WouldBlock);
+                full += 1;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+    rig.command("block-export-del", json!({"id": "e", "mode": "hard"}));
+    rig.qmp.wait_event("BLOCK_EXPORT_DELETED").unwrap();
+    rig.command("blockdev-del", json!({"node-name": "node-e"}));
 }
