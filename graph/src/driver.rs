@@ -365,7 +365,9 @@ pub trait Driver: Send + Sync + 'static {
 
     /// Changes the size, bytes. Runs inside a drained section on an iothread.
     fn truncate<'a>(&'a self, _io: &'a NodeIo, _size: u64, _how: Truncate) -> BoxFut<'a, ()> {
-        not_supported()
+        // A control client reads these words; they are QEMU's.
+        let refusal = BlockError::unsupported("Image format driver does not support resize");
+        Box::pin(std::future::ready(Err(refusal)))
     }
 
     /// Whether [`WriteFlags::FUA`] may be passed; otherwise the graph flushes after such a write.

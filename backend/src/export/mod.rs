@@ -192,6 +192,15 @@ impl Export {
             ));
         }
         let device_options = device_options(&o)?;
+        let graph = host.graph();
+        let node = graph.node(&o.node_name).map_err(crate::daemon::errors::block)?;
+        if o.writable && node.options().read_only {
+            return Err(QmpError::generic(format!(
+                "Block node '{}' is read-only: export it with writable=off, or add the node without read-only",
+                o.node_name
+            )));
+        }
+        // After what is cheap to refuse: it may start the process's own thread, which stays.
         let iothreads = match (&o.iothread, &o.iothread_vq_mapping) {
             (Some(_), Some(_)) => {
                 return Err(QmpError::generic(
@@ -208,22 +217,13 @@ impl Export {
                 placed.into_iter().filter_map(|i| threads.get(i).cloned()).collect()
             }
         };
-        let graph = host.graph();
-        let node = graph.node(&o.node_name).map_err(crate::daemon::errors::block)?;
-        if o.writable && node.options().read_only {
-            return Err(QmpError::generic(format!(
-                "Block node '{}' is read-only: export it with writable=off, or add the node without read-only",
-                o.node_name
-            )));
-        }
         let description = format!("{DESCRIPTION}{}'", o.id);
         let mut perm = Perm::CONSISTENT_READ;
         if o.writable {
             perm |= Perm::WRITE;
         }
         let shared = if o.share_rw { Perm::ALL } else { Perm::ALL - Perm::WRITE };
-        // The view is replaced by the first resume, before any ring can start.
-        let limits = node.driver().limits();
+        let limits = graph.limits(&o.node_name).map_err(crate::daemon::errors::block)?;
         let config = DeviceConfig::new(device_options, &limits, node.size()).map_err(QmpError::generic)?;
         let granularity = config.logical_block_size();
         let device = BlkDevice::new(o.id.clone(), config, &iothreads, host.error_sink(&o.id));

@@ -6,10 +6,13 @@
 
 use std::io::{IoSliceMut, Result};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
@@ -27,6 +30,8 @@ const STACK: usize = 256 << 10;
 #[derive(Debug)]
 pub struct Connection {
     socket: UnixStream,
+    /// No further message is handled.
+    ending: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -44,23 +49,36 @@ impl Connection {
         // The protocol layer must block: it spins on a socket that does not.
         socket.set_nonblocking(false)?;
         let ours = socket.try_clone()?;
+        let last = socket.try_clone()?;
+        let ending = Arc::new(AtomicBool::new(false));
+        let told = ending.clone();
         let thread =
             std::thread::Builder::new().name("vhost-user".into()).stack_size(STACK).spawn(move || {
                 let served =
-                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(socket, &device)));
+                    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| serve(socket, &device, &told)));
                 if served.is_err() {
                     log::error!("export '{}': its connection ended by a panic", device.name());
                 }
+                // An inherited descriptor stays open under its number: closing ours would not end the connection.
+                let _ = last.shutdown(Shutdown::Both);
                 ended();
             })?;
-        Ok(Connection { socket: ours, thread: Some(thread) })
+        Ok(Connection { socket: ours, ending, thread: Some(thread) })
     }
 
     /// Ends the connection: the thread sees the end of the stream, stops the rings (which waits for what is in
-    /// flight) and calls `ended`. Does not wait.
+    /// flight), ends the stream for the front end too and calls `ended`. Does not wait.
+    ///
+    /// In this order: a front end that sees the end takes what is not completed by then for never begun, and hands it
+    /// to the next back end a second time.
     pub fn shutdown(&self) {
+        // Release: pairs with the Acquire in `serve`, which sees it with the end of the stream at the latest.
+        self.ending.store(true, Ordering::Release);
+        // One that does not read its replies may have the thread blocked in sending one, which only the end of both
+        // directions interrupts. With room in the socket one more reply cannot block.
+        let how = if has_room(&self.socket) { Shutdown::Read } else { Shutdown::Both };
         // Fails only when the peer is gone already, which is what is wanted.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.socket.shutdown(how);
     }
 
     /// Joins the thread; call it after `ended` was called.
@@ -73,7 +91,14 @@ impl Connection {
     }
 }
 
-fn serve(socket: UnixStream, device: &Arc<BlkDevice>) {
+/// Whether the front end has read most of what was sent (unix(7): writable up to a quarter of the buffer).
+fn has_room(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().contains(PollFlags::OUT))
+}
+
+fn serve(socket: UnixStream, device: &Arc<BlkDevice>, ending: &AtomicBool) {
     let name = device.name().to_owned();
     let peek_at = match socket.try_clone() {
         Ok(s) => s,
@@ -93,6 +118,10 @@ fn serve(socket: UnixStream, device: &Arc<BlkDevice>) {
             Ok(Some(_)) => {}
             Ok(None) => break Error::Disconnected,
             Err(e) => break Error::SocketError(e),
+        }
+        // Acquire: pairs with the Release in `Connection::shutdown`. What the front end had sent ahead is not begun.
+        if ending.load(Ordering::Acquire) {
+            break Error::Disconnected;
         }
         if let Err(e) = handler.handle_request() {
             break e;

@@ -269,6 +269,16 @@ impl Graph {
         drop(old);
     }
 
+    /// The limits of a node together with those of everything below it: what a user of the node had better respect.
+    ///
+    /// # Errors
+    /// No such node.
+    pub fn limits(&self, name: &str) -> Result<crate::driver::Limits> {
+        let state = self.state();
+        let id = state.find(name).ok_or_else(|| no_such_node(name))?;
+        state.view(id).map(|v| *v.limits())
+    }
+
     /// The drivers.
     pub fn registry(&self) -> &Registry {
         &self.inner.registry

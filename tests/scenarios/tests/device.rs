@@ -282,6 +282,21 @@ fn the_cache_mode_belongs_to_the_connection() {
     assert_eq!(rig.disk("disk", &setup()).session().config.writeback, 1);
 }
 
+/// Through `raw` the guest is told the sizes of the file below.
+#[test]
+fn block_sizes_come_from_the_bottom_of_the_graph() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+    let node = format!("raw,file.driver=file,file.filename={}", image.display());
+    let mut rig = Rig::start(&[Wanted::node("plain", &node).options("writable=on")]);
+    let block = std::os::unix::fs::MetadataExt::blksize(&std::fs::metadata(&image).unwrap());
+    let block = if block.is_power_of_two() && (512..=1 << 21).contains(&block) { block } else { 512 };
+    let disk = rig.disk("plain", &setup());
+    let config = &disk.session().config;
+    assert_eq!(u64::from(config.blk_size) << config.physical_block_exp, block);
+}
+
 #[test]
 fn block_sizes() {
     let mut rig = Rig::start(&[

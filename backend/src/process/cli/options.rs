@@ -125,7 +125,10 @@ pub static OPTIONS: &[OptionDef] = &[
         Kind::Chardev,
         "chardev",
         &["socket,id=ID,path=PATH|fd=FD[,server=on|off][,wait=on|off]"],
-        &["describe a unix socket for --monitor"],
+        &[
+            "describe a unix socket for --monitor",
+            "(start-up never waits for a client: wait=on is taken as wait=off)",
+        ],
     ),
     valued(
         Kind::Monitor,

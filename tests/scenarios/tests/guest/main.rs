@@ -218,7 +218,7 @@ fn a_read_only_disk_and_one_without_write_cache() {
 }
 
 #[test]
-fn an_orderly_restart_under_load_goes_unnoticed() {
+fn a_restart_and_a_new_export_under_load_go_unnoticed() {
     if !available() {
         return;
     }
@@ -232,19 +232,32 @@ fn an_orderly_restart_under_load_goes_unnoticed() {
     drop(daemon.connect(&socket).unwrap());
     let boot =
         Boot::new(&socket).arg("--queues", "2").flag("--reconnect").script("outage", "ROUNDS=2 SIZE_MIB=4");
-    let mut restarts = 0;
+    let mut outages = 0;
     let output = boot.shell(PRINT_SHA256).run_with(|question| {
         assert_eq!(question, "outage");
-        // Both of its kinds of end take part, requests of both queues are in flight.
-        let signal = if restarts % 2 == 0 { Signal::TERM } else { Signal::INT };
-        daemon.signal(signal).unwrap();
-        assert!(daemon.wait(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
-        daemon = launch.spawn().unwrap();
-        restarts += 1;
+        outages += 1;
+        if outages == 1 {
+            daemon.signal(Signal::TERM).unwrap();
+            assert!(daemon.wait(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
+            daemon = launch.spawn().unwrap();
+        } else {
+            // The process stays, the export goes and comes back on another thread.
+            let mut control = qmp::Client::connect(&folder.path().join("qmp")).unwrap();
+            control.execute("block-export-del", json!({"id": "e", "mode": "hard"})).unwrap();
+            control.wait_event("BLOCK_EXPORT_DELETED").unwrap();
+            control.execute("object-add", json!({"qom-type": "iothread", "id": "t1"})).unwrap();
+            let addr = json!({"type": "unix", "path": socket.display().to_string()});
+            let export = json!({
+                "type": "vhost-user-blk", "id": "e", "node-name": "d", "writable": true, "num-queues": 2,
+                "iothread": "t1", "addr": addr,
+            });
+            control.execute("block-export-add", export).unwrap();
+        }
         "ok".to_owned()
     });
-    assert_eq!(restarts, 2);
+    assert_eq!(outages, 2);
     assert_eq!(image.sha256(), said(&output, "disk"));
+    assert!(daemon.terminate(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
 }
 
 /// The command line as qemu-storage-daemon knows it, all of it.

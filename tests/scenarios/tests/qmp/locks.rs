@@ -193,6 +193,8 @@ fn a_socket_that_somebody_serves_is_left_alone_and_a_dead_one_is_replaced() {
     let (_, said) = refusal(&mut rig.qmp, "block-export-add", arguments.clone());
     assert!(said.contains("not a socket"), "{said}");
     assert_eq!(std::fs::metadata(&path).unwrap().len(), MIB);
+    // Whether a socket is alive is found out by connecting: to our own export a front end came and went.
+    rig.wait_disconnected("e");
     assert_eq!(snapshot(&mut rig.qmp), before);
     // A dead one is.
     let dead = rig.folder().join("dead");

@@ -2,7 +2,9 @@
 //! commands and events, and everything that must be refused without a trace.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod compatible;
 mod events;
+mod limits;
 mod locks;
 mod refusals;
 mod schema;

@@ -10,10 +10,10 @@ use serde_json::{Map, Value, json};
 use crate::state::snapshot;
 
 /// `query-qmp-schema`, by name.
-struct Schema(BTreeMap<String, Value>);
+pub struct Schema(BTreeMap<String, Value>);
 
 impl Schema {
-    fn read(client: &mut qmp::Client) -> Self {
+    pub fn read(client: &mut qmp::Client) -> Self {
         let list = client.execute("query-qmp-schema", json!({})).unwrap();
         let mut all = BTreeMap::new();
         for entity in list.as_array().unwrap() {
@@ -23,17 +23,17 @@ impl Schema {
         Self(all)
     }
 
-    fn get(&self, name: &Value) -> &Value {
+    pub fn get(&self, name: &Value) -> &Value {
         let name = name.as_str().unwrap_or_else(|| panic!("{name} is no name"));
         self.0.get(name).unwrap_or_else(|| panic!("type '{name}' is not defined"))
     }
 
-    fn of_meta(&self, meta: &str) -> Vec<&Value> {
+    pub fn of_meta(&self, meta: &str) -> Vec<&Value> {
         self.0.values().filter(|e| e["meta-type"] == meta).collect()
     }
 
     /// Members of an object type, those of its variant for `tag` included.
-    fn members(&self, object: &Value, case: Option<&str>) -> Vec<Value> {
+    pub fn members(&self, object: &Value, case: Option<&str>) -> Vec<Value> {
         let mut members = object["members"].as_array().unwrap().clone();
         let variants = object["variants"].as_array().into_iter().flatten();
         for variant in variants.filter(|v| v["case"].as_str() == case) {
@@ -43,7 +43,7 @@ impl Schema {
     }
 
     /// The cases of a union's tag; one `None` for a plain object.
-    fn cases(&self, object: &Value) -> Vec<Option<String>> {
+    pub fn cases(&self, object: &Value) -> Vec<Option<String>> {
         let Some(tag) = object["tag"].as_str() else { return vec![None] };
         let tag = object["members"].as_array().unwrap().iter().find(|m| m["name"] == tag).unwrap();
         enumeration(self.get(&tag["type"])).into_iter().map(Some).collect()
