@@ -260,6 +260,34 @@ fn a_restart_and_a_new_export_under_load_go_unnoticed() {
     assert!(daemon.terminate(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
 }
 
+#[test]
+fn kills_under_load_go_unnoticed() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let image = Image::new();
+    let folder = tempfile::tempdir().unwrap();
+    let launch =
+        Launch::new(rig::ringblk()).args(plain_line(&image, folder.path())).env("RINGBLK_LOG", "info");
+    let socket = folder.path().join("disk");
+    let mut daemon = launch.spawn().unwrap();
+    drop(daemon.connect(&socket).unwrap());
+    let boot =
+        Boot::new(&socket).arg("--queues", "2").flag("--reconnect").script("outage", "ROUNDS=4 SIZE_MIB=4");
+    let mut kills = 0;
+    let output = boot.shell(PRINT_SHA256).run_with(|question| {
+        assert_eq!(question, "outage");
+        kills += 1;
+        daemon.kill().unwrap();
+        daemon = launch.spawn().unwrap();
+        "ok".to_owned()
+    });
+    assert_eq!(kills, 4);
+    assert_eq!(image.sha256(), said(&output, "disk"));
+    assert!(daemon.terminate(Duration::from_secs(30)).unwrap().success(), "{}", daemon.stderr());
+}
+
 /// The command line as qemu-storage-daemon knows it, all of it.
 fn plain_line(image: &Image, folder: &Path) -> Vec<String> {
     let at = |name: &str| folder.join(name).display().to_string();
