@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use ringblk_ring::{Chain, Memory, QueueError, RingAddresses, SplitConfig, SplitQueue};
+use ringblk_ring::{Chain, InflightRegion, Memory, QueueError, RingAddresses, SplitConfig, SplitQueue};
 
 const SIZE: u16 = 256;
 const USER: u64 = 0x7000_0000_0000;
@@ -100,10 +100,16 @@ fn pass(
     Ok(waiting)
 }
 
-fn same_core(indirect: bool, batch: u16, rounds: u64) -> f64 {
+fn same_core(indirect: bool, batch: u16, rounds: u64, tracked: bool) -> f64 {
     let memory = Arc::new(Memory::anonymous(&[(0, USER, 64 << 20)]).expect("memory"));
     prepare(&memory, indirect);
     let mut queue = queue(&memory);
+    if tracked {
+        let (fd, size) = InflightRegion::create(1, SIZE).expect("in-flight area");
+        let area = Arc::new(InflightRegion::map(fd, 0, size, 1, SIZE).expect("in-flight area"));
+        let again = queue.track(area.tracker(0, SIZE).expect("its part")).expect("a fresh area");
+        assert!(again.is_empty());
+    }
     let mut chains: Vec<_> = (0..BATCH).map(|_| Chain::new()).collect();
     let (mut idx, mut sum) = (0_u16, 0);
     let start = Instant::now();
@@ -168,10 +174,12 @@ fn main() {
             // The best of many short runs: this is about the code, not about what else the machine does.
             let best = |f: &dyn Fn() -> f64| (0..samples).map(|_| f()).fold(f64::INFINITY, f64::min);
             let requests = 40_000;
-            let here = best(&|| same_core(indirect, batch, requests / u64::from(batch)));
+            let here = best(&|| same_core(indirect, batch, requests / u64::from(batch), false));
+            let tracked = best(&|| same_core(indirect, batch, requests / u64::from(batch), true));
             let there = best(&|| other_core(indirect, batch, requests));
             println!(
-                "{name:8} chains of 3, batches of {batch:2}: {here:5.1} ns same core, {there:5.1} ns other core"
+                "{name:8} chains of 3, batches of {batch:2}: {here:5.1} ns same core ({tracked:5.1} tracked), \
+                 {there:5.1} ns other core"
             );
         }
     }
