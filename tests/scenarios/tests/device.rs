@@ -289,7 +289,7 @@ fn block_sizes_come_from_the_bottom_of_the_graph() {
     let image = folder.path().join("image");
     std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
     let node = format!("raw,file.driver=file,file.filename={}", image.display());
-    let mut rig = Rig::start(&[Wanted::node("plain", &node).options("writable=on")]);
+    let rig = Rig::start(&[Wanted::node("plain", &node).options("writable=on")]);
     let block = std::os::unix::fs::MetadataExt::blksize(&std::fs::metadata(&image).unwrap());
     let block = if block.is_power_of_two() && (512..=1 << 21).contains(&block) { block } else { 512 };
     let disk = rig.disk("plain", &setup());
