@@ -169,6 +169,11 @@ impl Memory {
         self.epoch
     }
 
+    /// Address and length of each region's mapping in this process.
+    pub(crate) fn host_ranges(&self) -> Vec<(usize, usize)> {
+        self.flat.iter().map(|r| (r.host.addr(), r.size as usize)).collect()
+    }
+
     /// How many regions the table has.
     #[must_use]
     pub fn regions(&self) -> usize {

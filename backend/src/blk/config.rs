@@ -71,6 +71,8 @@ pub struct DeviceOptions {
     pub physical_block_size: u32,
     /// Write-through: the guest is told that there is no cache, and every write is durable when it completes.
     pub writethrough: bool,
+    /// Keep guest memory pinned for operations on O_DIRECT files.
+    pub pin_memory: bool,
     /// Answer to GET_ID: up to 20 bytes, zero padded (virtio 1.3 §5.2.6).
     pub serial: [u8; 20],
 }

@@ -12,6 +12,7 @@ fn options() -> DeviceOptions {
         logical_block_size: 0,
         physical_block_size: 0,
         writethrough: false,
+        pin_memory: false,
         serial: [0; 20],
     }
 }

@@ -15,6 +15,7 @@ fn config(writable: bool, block: u32) -> DeviceConfig {
         logical_block_size: block,
         physical_block_size: 0,
         writethrough: false,
+        pin_memory: false,
         serial: [0; 20],
     };
     DeviceConfig::new(o, &Limits::default(), 1 << 20).unwrap()

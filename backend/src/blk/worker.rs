@@ -13,7 +13,7 @@ use std::task::{Poll, Waker};
 
 use graph::{NodeIo, Op, Path, Target, View};
 use host::{FastOp, Local, Source, SourceId};
-use ring::{Chain, Kick, Memory, Notifier, Part, Retired, Slots, SplitConfig, SplitQueue};
+use ring::{Chain, Kick, Memory, Notifier, Part, Pinned, Slots, SplitConfig, SplitQueue};
 
 mod drive;
 
@@ -61,6 +61,8 @@ struct Inner {
     /// Heads that a run of the device before a crash left in flight, newest first. They go before all that is in the ring.
     again: Vec<u16>,
     slots: Slots<InFlight>,
+    /// The current memory epoch, if the export wants it pinned.
+    pinned: Option<Pinned>,
     /// The graph as it is until the next pause, with this queue's statistics.
     io: NodeIo,
     call: Option<Call>,
@@ -123,6 +125,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     // serve the graph of before the pause, unpaused, until the resume's message arrives.
     let quiesced = device.quiesced();
     let Some(view) = device.view() else { return Err("the export is going away".into()) };
+    let pinned = pin(local, &device, &memory);
     let worker = Rc::new_cyclic(|me| QueueWorker {
         local: local.clone(),
         source: Cell::new(None),
@@ -131,6 +134,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
             queue,
             again,
             slots: Slots::new(size, memory),
+            pinned,
             io: view.io(local),
             call,
             err,
@@ -157,6 +161,16 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     Ok(())
 }
 
+/// Pins a memory epoch for a queue whose export asks for it. Where it cannot be had, requests go the usual way.
+fn pin(local: &Local, device: &BlkDevice, memory: &Arc<Memory>) -> Option<Pinned> {
+    if !device.config().options().pin_memory {
+        return None;
+    }
+    Pinned::new(local, memory)
+        .inspect_err(|e| log::warn!("export '{}': cannot pin guest memory: {e}", device.name()))
+        .ok()
+}
+
 /// Stops a queue: takes no more requests, waits for those in flight, publishes; the available index to go on from.
 /// `told`: the front end is told that index, so that nothing needs to be remembered of requests that had no answer.
 pub async fn stop(key: u64, told: bool) -> Option<u16> {
@@ -174,6 +188,8 @@ pub async fn stop(key: u64, told: bool) -> Option<u16> {
     }
     WORKERS.with_borrow_mut(|w| w.remove(&key));
     let mut inner = worker.inner.borrow_mut();
+    let unpinned = inner.pinned.take().map(Pinned::release);
+    worker.unmap(unpinned);
     // Those still to be done again (the queue was paused all the time) stay marked for the next start.
     if told && inner.again.is_empty() {
         inner.queue.forget_taken();
@@ -287,9 +303,12 @@ impl QueueWorker {
     pub fn set_memory(&self, memory: Arc<Memory>) {
         let mut inner = self.inner.borrow_mut();
         let result = inner.queue.rebase(memory.clone());
+        let pinned = pin(&self.local, &self.device, &memory);
+        let unpinned = std::mem::replace(&mut inner.pinned, pinned).map(Pinned::release);
         let retired = inner.slots.set_memory(memory);
         drop(inner);
         self.unmap(retired);
+        self.unmap(unpinned);
         if let Err(e) = result {
             self.fail(&format!("the new memory table does not hold the ring: {e}"));
         }
@@ -305,8 +324,8 @@ impl QueueWorker {
     }
 
     /// Unmaps a memory epoch where it does not hold up other queues.
-    fn unmap(&self, retired: Option<Retired>) {
-        if let Some(epoch) = retired {
+    fn unmap<E: Send + 'static>(&self, epoch: Option<E>) {
+        if let Some(epoch) = epoch {
             let local = self.local.clone();
             self.local.spawn(async move { local.blocking(move || drop(epoch)).await });
         }

@@ -113,6 +113,7 @@ fn device_options(o: &VhostUserBlkOptions) -> Result<DeviceOptions, QmpError> {
         logical_block_size: o.logical_block_size.unwrap_or(0),
         physical_block_size: o.physical_block_size.unwrap_or(0),
         writethrough: o.writethrough,
+        pin_memory: o.pin_memory,
         serial,
     })
 }

@@ -166,6 +166,25 @@ impl Local {
         self.0.is_virtual
     }
 
+    /// Has the kernel keep these pages (address, length in bytes) at hand for operations on O_DIRECT files of this thread,
+    /// until [`Local::unpin_memory`] with the same `id`; several users of an `id` are counted. Spares each operation the
+    /// search for its pages. The pages are pinned: they cannot be given back to the host meanwhile.
+    ///
+    /// Errors: `ENOMEM` over `RLIMIT_MEMLOCK`, `ENOSPC` beyond 1024 pieces of 1 GiB, `EOPNOTSUPP` for memory that cannot be
+    /// pinned. Nothing is pinned then.
+    ///
+    /// # Safety
+    /// The ranges stay mapped to the same memory until then.
+    pub unsafe fn pin_memory(&self, id: u64, ranges: &[(usize, usize)]) -> std::io::Result<()> {
+        // SAFETY: the caller's contract.
+        unsafe { self.0.reactor.borrow_mut().pin(id, ranges) }
+    }
+
+    /// Ends one use of an `id`. Operations under way go on.
+    pub fn unpin_memory(&self, id: u64) {
+        self.0.reactor.borrow_mut().unpin(id);
+    }
+
     /// For measurements: with `false`, nothing is done inline on this thread any more.
     #[doc(hidden)]
     pub fn set_inline(&self, on: bool) {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::file::{Descriptor, File};
 
 mod perform;
+mod pins;
 mod threads;
 mod uring;
 
@@ -101,6 +102,18 @@ pub(crate) trait Reactor {
 
     /// Lets go of a file.
     fn forget(&mut self, fd: &Descriptor);
+
+    /// Has the kernel keep the pages of these ranges (address, length) at hand for operations on O_DIRECT files, under `id`
+    /// until `unpin`. Reactors that gain nothing by it do nothing.
+    ///
+    /// # Safety
+    /// The ranges stay mapped, to the same memory, until `unpin` with this `id`.
+    unsafe fn pin(&mut self, _id: u64, _ranges: &[(usize, usize)]) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Ends it. Operations under way go on with the pages they have.
+    fn unpin(&mut self, _id: u64) {}
 
     /// System calls made by `enter` so far.
     fn enters(&self) -> u64;

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::pins::{self, Pins};
 use super::{Kind, Op, Reactor, Token, Wait};
 use crate::Engine;
 use crate::file::{Descriptor, File};
@@ -110,6 +111,8 @@ pub(crate) struct Uring {
     table: Table,
     registered: Vec<bool>,
     polls: Vec<(Token, RawFd)>,
+    buffers: Table,
+    pins: Pins,
     enters: u64,
     flavour: Flavour,
     complained: bool,
@@ -130,6 +133,8 @@ impl Uring {
             table: Table::Untried,
             registered: Vec::new(),
             polls: Vec::new(),
+            buffers: Table::Untried,
+            pins: Pins::default(),
             enters: 0,
             flavour,
             complained: false,
@@ -164,6 +169,52 @@ impl Uring {
             Ok(1) => {
                 *slot = true;
                 Some(id)
+            }
+            _ => None,
+        }
+    }
+
+    /// Puts buffers (null ones: nothing) into the kernel's table.
+    fn set_buffers(&mut self, buffers: &[(u16, usize, usize)]) -> io::Result<()> {
+        for &(slot, start, len) in buffers {
+            let iov = libc::iovec { iov_base: std::ptr::without_provenance_mut(start), iov_len: len };
+            // SAFETY: the kernel takes hold of the pages now; that the addresses keep meaning them is the contract of `pin`.
+            unsafe { self.ring.submitter().register_buffers_update(slot.into(), &[iov], None) }?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel take all that was pushed.
+    fn submit_all(&mut self) {
+        while self.queued > 0 || !self.backlog.is_empty() {
+            let before = self.queued as usize + self.backlog.len();
+            self.drain_backlog();
+            if self.call(0, GETEVENTS, None).is_err() || self.queued as usize + self.backlog.len() >= before {
+                break;
+            }
+        }
+    }
+
+    /// The operation on registered memory, if it is one.
+    fn fixed_entry(&self, op: &Op, target: types::Fd) -> Option<squeue::Entry> {
+        match *op {
+            Op::Readv { iov, n: 1, off } => {
+                // SAFETY: one iovec is readable there (contract of `Reactor::submit`).
+                let v = unsafe { *iov };
+                let slot = self.pins.find(v.iov_base.addr(), v.iov_len)?;
+                Some(
+                    opcode::ReadFixed::new(target, v.iov_base.cast(), v.iov_len as u32, slot)
+                        .offset(off)
+                        .build(),
+                )
+            }
+            Op::Writev { iov, n: 1, off, dsync } => {
+                // SAFETY: as above.
+                let v = unsafe { *iov };
+                let slot = self.pins.find(v.iov_base.addr(), v.iov_len)?;
+                let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+                let write = opcode::WriteFixed::new(target, v.iov_base.cast(), v.iov_len as u32, slot);
+                Some(write.offset(off).rw_flags(flags).build())
             }
             _ => None,
         }
@@ -283,11 +334,13 @@ impl Reactor for Uring {
         if file.engine() == Engine::Threads || op.needs_thread() {
             return false;
         }
-        let e = match self.fixed(file) {
+        let (target, flags) = match self.fixed(file) {
             // The crate's `Fixed` cannot be named generically; the flag says the same.
-            Some(slot) => entry(op, types::Fd(slot as i32)).flags(squeue::Flags::FIXED_FILE),
-            None => entry(op, types::Fd(file.raw_fd())),
+            Some(slot) => (types::Fd(slot as i32), squeue::Flags::FIXED_FILE),
+            None => (types::Fd(file.raw_fd()), squeue::Flags::empty()),
         };
+        let pinned = if file.direct() { self.fixed_entry(&op, target) } else { None };
+        let e = pinned.unwrap_or_else(|| entry(op, target)).flags(flags);
         self.push(e.user_data(token.0));
         if file.direct() {
             self.direct += 1;
@@ -309,12 +362,35 @@ impl Reactor for Uring {
         let e = opcode::PollRemove::new(token.0).build();
         self.push(e.user_data(Token::new(Kind::Ignored, 0, 0).0));
         // The entry that names the descriptor must not be looked at after the descriptor was closed.
-        while self.queued > 0 || !self.backlog.is_empty() {
-            let before = self.queued as usize + self.backlog.len();
-            self.drain_backlog();
-            if self.call(0, GETEVENTS, None).is_err() || self.queued as usize + self.backlog.len() >= before {
-                break;
-            }
+        self.submit_all();
+    }
+
+    unsafe fn pin(&mut self, id: u64, ranges: &[(usize, usize)]) -> io::Result<()> {
+        if self.pins.again(id) {
+            return Ok(());
+        }
+        if self.buffers == Table::Untried {
+            self.ring.submitter().register_buffers_sparse(pins::SLOTS)?;
+            self.buffers = Table::Ready;
+        }
+        let buffers = self.pins.add(id, ranges)?;
+        let result = self.set_buffers(&buffers);
+        if result.is_err() {
+            self.unpin(id);
+        }
+        result
+    }
+
+    fn unpin(&mut self, id: u64) {
+        let gone = self.pins.remove(id);
+        if gone.is_empty() {
+            return;
+        }
+        // An entry that names a slot finds its buffer when the kernel takes it.
+        self.submit_all();
+        let nothing: Vec<_> = gone.into_iter().map(|slot| (slot, 0, 0)).collect();
+        if let Err(e) = self.set_buffers(&nothing) {
+            log::error!("cannot let go of pinned memory: {e}");
         }
     }
 

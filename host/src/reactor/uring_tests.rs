@@ -132,3 +132,58 @@ fn a_timeout_ends_the_wait_and_devices_are_left_to_threads() {
     // SAFETY: no memory.
     assert!(!unsafe { r.submit(&f, op, Token::new(Kind::Fast, 0, 0)) });
 }
+
+/// Runs one operation to its end.
+fn one(r: &mut Uring, f: &Arc<File>, op: Op) -> i32 {
+    // SAFETY: the callers keep what `op` points to until this returns.
+    assert!(unsafe { r.submit(f, op, Token::new(Kind::Fast, 1, 0)) });
+    let mut out = vec![];
+    while out.is_empty() {
+        r.enter(Wait::Forever).unwrap();
+        r.reap(&mut out, 8);
+    }
+    out[0].1
+}
+
+#[test]
+fn pinned_memory_is_used_while_it_is_pinned_and_no_longer() {
+    const PAGE: usize = 4096;
+    let dir = tempfile::tempdir_in(".").unwrap();
+    let o = OpenOptions { writable: true, direct: true, create: Some(1 << 16), ..OpenOptions::default() };
+    let Ok(f) = File::open(&dir.path().join("f"), &o) else { return };
+    if !f.direct() || f.alignment().offset as usize > PAGE {
+        return;
+    }
+    let memory = crate::IoVecs::alloc(4 * PAGE, PAGE).unwrap();
+    let iovs = memory.raw().unwrap();
+    let base = iovs[0].iov_base.addr();
+    let at = |page: usize, len: usize| libc::iovec {
+        iov_base: iovs[0].iov_base.cast::<u8>().wrapping_add(page * PAGE).cast(),
+        iov_len: len,
+    };
+    let mut r = Uring::new().unwrap();
+    // SAFETY: `memory` outlives the last `unpin` below.
+    unsafe { r.pin(5, &[(base, 2 * PAGE)]) }.unwrap();
+    // SAFETY: as above.
+    unsafe { r.pin(5, &[(base, 2 * PAGE)]) }.unwrap();
+    memory.copy_from(0, &[7; PAGE]);
+    let (first, second, half) = (at(0, PAGE), at(1, PAGE), at(1, 2 * PAGE));
+    let fixed = |r: &Uring, v: &libc::iovec| {
+        r.fixed_entry(&Op::Readv { iov: v, n: 1, off: 0 }, types::Fd(0)).is_some()
+    };
+    assert!(fixed(&r, &first) && fixed(&r, &second) && !fixed(&r, &half), "only what lies inside as a whole");
+    assert_eq!(one(&mut r, &f, Op::Writev { iov: &first, n: 1, off: 0, dsync: true }), PAGE as i32);
+    assert_eq!(one(&mut r, &f, Op::Readv { iov: &second, n: 1, off: 0 }), PAGE as i32);
+    assert_eq!(memory.slice(PAGE, PAGE).to_vec(), [7; PAGE]);
+    assert_eq!(one(&mut r, &f, Op::Readv { iov: &half, n: 1, off: 0 }), 2 * PAGE as i32, "the usual way");
+    r.unpin(5);
+    assert!(fixed(&r, &first), "one user is left");
+    r.unpin(5);
+    assert!(!fixed(&r, &first));
+    memory.copy_from(0, &[9; PAGE]);
+    assert_eq!(one(&mut r, &f, Op::Readv { iov: &first, n: 1, off: 0 }), PAGE as i32);
+    assert_eq!(memory.slice(0, PAGE).to_vec(), [7; PAGE]);
+    // SAFETY: nothing is mapped there, which the kernel finds out.
+    unsafe { r.pin(6, &[(PAGE, PAGE)]) }.unwrap_err();
+    assert!(!fixed(&r, &libc::iovec { iov_base: std::ptr::without_provenance_mut(PAGE), iov_len: 8 }));
+}

@@ -249,7 +249,13 @@ fn run(
         Some(path) => Image::File { path: path.to_owned(), direct: workload.backing == Backing::Direct },
     };
     let socket = files.tmpfs.path().join("vhost.sock");
-    let export = Export { image, queues, iothreads: queues, poll_ns: workload.poll_ns };
+    let export = Export {
+        image,
+        queues,
+        iothreads: queues,
+        poll_ns: workload.poll_ns,
+        pin_memory: workload.pin_memory,
+    };
     let (mut daemon, connection) = peer.connect(&export, &socket, cpus)?;
     let load = Load {
         queues,

@@ -57,6 +57,8 @@ pub struct Export {
     pub iothreads: u16,
     /// `poll-max-ns` of each iothread. qemu-storage-daemon takes it too, without effect on a vhost-user export.
     pub poll_ns: u64,
+    /// `pin-memory`, for ringblk.
+    pub pin_memory: bool,
 }
 
 impl Peer {
@@ -94,10 +96,11 @@ impl Peer {
                 .collect::<Vec<_>>()
                 .join(","),
         };
+        let pin = if export.pin_memory && self.kind == Kind::Ringblk { ",pin-memory=on" } else { "" };
         option(
             "export",
             format!(
-                "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},writable=on,num-queues={},{placement}",
+                "type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={},writable=on,num-queues={},{placement}{pin}",
                 socket.display(),
                 export.queues
             ),

@@ -83,6 +83,8 @@ pub struct Workload {
     pub queues: u16,
     /// `poll-max-ns` of the backends' iothreads.
     pub poll_ns: u64,
+    /// ringblk's `pin-memory`, which qemu-storage-daemon has no like of.
+    pub pin_memory: bool,
     /// fio jobs on the same file.
     pub fio: Vec<Job>,
     /// What is promised.
@@ -114,6 +116,7 @@ pub fn all() -> Vec<Workload> {
         depth: 32,
         queues: 1,
         poll_ns: DEFAULT_POLL_NS,
+        pin_memory: false,
         fio: vec![],
         targets: vec![],
     };
@@ -172,6 +175,15 @@ pub fn all() -> Vec<Workload> {
             name: "direct-d32",
             title: "raw file with O_DIRECT, depth 32, reads",
             backing: Backing::Direct,
+            fio: vec![uring(true)],
+            targets: vec![target(Iops, BestFio, AtLeast(0.95))],
+            ..base.clone()
+        },
+        Workload {
+            name: "direct-d32-pinned",
+            title: "raw file with O_DIRECT, depth 32, reads; ringblk with pin-memory=on",
+            backing: Backing::Direct,
+            pin_memory: true,
             fio: vec![uring(true)],
             targets: vec![target(Iops, BestFio, AtLeast(0.95)), target(Cpu, Qsd, AtMost(0.5))],
             ..base.clone()

@@ -35,6 +35,7 @@ pub struct Wanted {
     id: String,
     /// `--blockdev` text of the node, without its name; `None`: a raw image file of this many bytes.
     node: Result<u64, String>,
+    direct: bool,
     options: String,
 }
 
@@ -42,13 +43,20 @@ impl Wanted {
     /// A writable export of a file of `size` bytes.
     #[must_use]
     pub fn file(id: &str, size: u64) -> Self {
-        Self { id: id.into(), node: Ok(size), options: "writable=on".into() }
+        Self { id: id.into(), node: Ok(size), direct: false, options: "writable=on".into() }
     }
 
     /// A writable export of a node: `null-co,size=...`.
     #[must_use]
     pub fn node(id: &str, node: &str) -> Self {
-        Self { id: id.into(), node: Err(node.into()), options: "writable=on".into() }
+        Self { id: id.into(), node: Err(node.into()), direct: false, options: "writable=on".into() }
+    }
+
+    /// Opens the file with O_DIRECT.
+    #[must_use]
+    pub fn direct(mut self) -> Self {
+        self.direct = true;
+        self
     }
 
     /// Other options of the export than `writable=on`.
@@ -98,7 +106,8 @@ impl Rig {
                 Ok(size) => {
                     let file = folder.path().join(format!("{}.img", w.id));
                     image::create(&file, *size);
-                    format!("file,filename={},discard=unmap", file.display())
+                    let direct = if w.direct { ",cache.direct=on" } else { "" };
+                    format!("file,filename={},discard=unmap{direct}", file.display())
                 }
                 Err(text) => text.clone(),
             };

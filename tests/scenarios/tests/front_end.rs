@@ -132,7 +132,18 @@ impl Load {
 
 #[test]
 fn memory_tables_change_under_load() {
-    let mut rig = Rig::start(&[Wanted::file("disk", SIZE)]);
+    tables_change(Rig::start(&[Wanted::file("disk", SIZE)]));
+}
+
+#[test]
+fn pinned_memory_tables_change_under_load() {
+    let options = "writable=on,pin-memory=on";
+    let mut rig = Rig::start(&[Wanted::file("disk", SIZE).direct().options(options)]);
+    rig.assert_running();
+    tables_change(rig);
+}
+
+fn tables_change(mut rig: Rig) {
     // Whole tables each time, as front ends without slots send them.
     let setup = Setup { protocol: setup().protocol & !protocol::CONFIGURE_MEM_SLOTS, ..without_inflight() };
     let mut disk = rig.disk("disk", &setup);
