@@ -68,6 +68,7 @@ fn main() {
                 Ok(Opened::new(Leaf(file)))
             })
         },
+        create: None,
     };
     let filter = DriverDef {
         name: "filter",
@@ -80,6 +81,7 @@ fn main() {
                 Ok(Opened::new(Filter))
             })
         },
+        create: None,
     };
     let iothread =
         IoThread::start(IoThreadOptions { name: "bench".to_owned(), ..IoThreadOptions::default() });

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use host::{File, IoVecs};
 use serde_json::Value;
 
+use crate::create::CreateDef;
 use crate::error::{BlockError, Errno, Result};
+use crate::image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
 use crate::io::NodeIo;
 use crate::node::Node;
 use crate::perm::Perm;
@@ -102,6 +104,9 @@ bitflags::bitflags! {
         const UNCHANGED = 0x02;
         /// Nothing that overlaps may run at the same time: waits for it and holds back what comes later.
         const SERIALISING = 0x04;
+        /// One compressed cluster: offset aligned to it, length a cluster's or up to the end of the node. `ENOTSUP` where
+        /// the node cannot ([`Driver::supports_compressed`]).
+        const COMPRESSED = 0x08;
     }
 }
 
@@ -398,6 +403,73 @@ pub trait Driver: Send + Sync + 'static {
     /// new size from here; the default is for nodes whose size is their own and whose children never change.
     fn child_changed(&self, _child: usize, _now: Option<(&str, &Arc<Node>)>) {}
 
+    /// Whether [`WriteFlags::COMPRESSED`] may be passed.
+    fn supports_compressed(&self) -> bool {
+        false
+    }
+
+    /// Looks for contradictions in the image's metadata and repairs what `fix` says. With anything to fix the caller has
+    /// drained the node.
+    fn check<'a>(&'a self, _io: &'a NodeIo, _fix: CheckFix) -> BoxFut<'a, CheckReport> {
+        not_supported()
+    }
+
+    /// The snapshots inside the image, in the order the image has them.
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        Vec::new()
+    }
+
+    /// Makes an internal snapshot. Drained by the caller.
+    fn snapshot_create<'a>(&'a self, _io: &'a NodeIo, _new: NewSnapshot) -> BoxFut<'a, SnapshotInfo> {
+        not_supported()
+    }
+
+    /// Goes back to an internal snapshot; the size may change. Drained by the caller.
+    fn snapshot_apply<'a>(&'a self, _io: &'a NodeIo, _which: SnapshotRef) -> BoxFut<'a, ()> {
+        not_supported()
+    }
+
+    /// Removes an internal snapshot and tells what it was. Drained by the caller.
+    fn snapshot_delete<'a>(&'a self, _io: &'a NodeIo, _which: SnapshotRef) -> BoxFut<'a, SnapshotInfo> {
+        not_supported()
+    }
+
+    /// Writes another name and format of the backing file into the image; `None`: the image says it has none. Drained by
+    /// the caller.
+    fn change_backing_file<'a>(
+        &'a self,
+        _io: &'a NodeIo,
+        _name: Option<String>,
+        _format: Option<String>,
+    ) -> BoxFut<'a, ()> {
+        not_supported()
+    }
+
+    /// The index of the child that shows through where this node has nothing of its own; it may be an empty slot.
+    fn backing_child(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether a bitmap of this name and granularity (bytes) could be stored in the image.
+    ///
+    /// # Errors
+    /// Why not.
+    fn make_bitmap_persistent_ok(&self, name: &str, _granularity: u32) -> Result<()> {
+        // QEMU's words, without its driver's name.
+        Err(BlockError::unsupported(format!("Cannot store dirty bitmap '{name}' in this node")))
+    }
+
+    /// Stores the persistent bitmaps of the node's `BitmapSet` in the image. Drained by the caller; also called before
+    /// [`Driver::close`] of a node that has some.
+    fn store_bitmaps<'a>(&'a self, _io: &'a NodeIo) -> BoxFut<'a, ()> {
+        not_supported()
+    }
+
+    /// Removes a bitmap from the image, if it is there. Drained by the caller.
+    fn remove_stored_bitmap<'a>(&'a self, _io: &'a NodeIo, _name: String) -> BoxFut<'a, ()> {
+        not_supported()
+    }
+
     /// For the queries. Main thread; must not wait for the disk longer than a `stat` does.
     fn info(&self) -> DriverInfo {
         DriverInfo::default()
@@ -438,6 +510,8 @@ pub struct DriverDef {
     /// Opens a node on the main thread; must not block it. The value holds the driver's own options, an object without
     /// the common members; parse it with [`crate::options::parse_options`].
     pub open: fn(OpenContext, Value) -> BoxFut<'static, Opened>,
+    /// How images are created, where it can.
+    pub create: Option<CreateDef>,
 }
 
 impl std::fmt::Debug for DriverDef {

@@ -17,39 +17,52 @@
 //! file. Otherwise it runs through [`NodeIo`], which does for every node what drivers would repeat: bounds, alignment,
 //! splitting, zero detection, statistics.
 //!
-//! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`.
+//! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`,
+//! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::list` (and in it `bitmap::Bitmap::bits`).
 
 #![forbid(unsafe_code)]
 
+pub mod bitmap;
 mod control;
+mod create;
 mod drain;
 mod driver;
 mod edge;
+pub mod epoch;
 mod error;
+mod events;
 mod ids;
+mod image;
 mod io;
 mod node;
 pub mod options;
 pub mod perm;
 mod role;
+mod secret;
 pub mod stats;
 mod transaction;
 mod view;
 
+pub use bitmap::{Bitmap, BitmapSet};
 pub use control::query;
 pub use control::{Change, FreezeGuard, Graph, MAX_NODES, Root};
+pub use create::{CreateContext, CreateDef, JobControl};
 pub use drain::{DrainGuard, NoSource, RequestSource};
 pub use driver::{
     BlockStatus, BoxFut, Driver, DriverDef, DriverInfo, DriverKind, Limits, Location, Map, Op, OpenContext,
     Opened, Prealloc, Registry, StatusFlags, Truncate, WriteFlags, ZeroFlags, not_supported,
 };
 pub use edge::RootOptions;
+pub use epoch::{Epochs, Stays, Ticket};
 pub use error::{BlockError, Errno, ErrorKind, Result};
+pub use events::{EventSink, GraphEvent, NodeEvents};
 pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};
+pub use image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
 pub use io::NodeIo;
 pub use node::Node;
 pub use options::{BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, parse_options};
 pub use perm::{Perm, PermPair, default_child_perm};
 pub use role::Roles;
+pub use secret::{Secret, Secrets};
 pub use stats::ShardSet;
 pub use view::{MAX_HOPS, PATH_NODES, Path, Resolved, Target, View, ViewNode};

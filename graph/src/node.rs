@@ -7,7 +7,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 
+use crate::bitmap::BitmapSet;
 use crate::driver::{Driver, DriverKind};
+use crate::epoch::Epochs;
 use crate::error::Errno;
 use crate::ids::NodeId;
 use crate::io::tracked::Tracker;
@@ -24,6 +26,9 @@ pub struct Node {
     options: NodeOptions,
     tracker: Tracker,
     stats: NodeStats,
+    bitmaps: Arc<BitmapSet>,
+    /// Of a driver that asked for them.
+    epochs: Option<Arc<Epochs>>,
     /// Number of the first flush that failed, 0 for none.
     flush_error: AtomicI32,
 }
@@ -36,6 +41,8 @@ impl Node {
         kind: DriverKind,
         driver: Arc<dyn Driver>,
         options: NodeOptions,
+        bitmaps: Arc<BitmapSet>,
+        epochs: Option<Arc<Epochs>>,
     ) -> Node {
         Node {
             id,
@@ -46,6 +53,8 @@ impl Node {
             options,
             tracker: Tracker::default(),
             stats: NodeStats::default(),
+            bitmaps,
+            epochs,
             flush_error: AtomicI32::new(0),
         }
     }
@@ -88,6 +97,16 @@ impl Node {
     /// Its statistics.
     pub fn stats(&self) -> &NodeStats {
         &self.stats
+    }
+
+    /// Its dirty bitmaps.
+    pub fn bitmaps(&self) -> &Arc<BitmapSet> {
+        &self.bitmaps
+    }
+
+    /// The grace periods of requests that may use this node's mappings, where its driver asked for them.
+    pub fn epochs(&self) -> Option<&Arc<Epochs>> {
+        self.epochs.as_ref()
     }
 
     /// The failure all further flushes of this node answer with.

@@ -135,7 +135,8 @@ impl ViewNode {
         if options.detect_zeroes != DetectZeroes::Off {
             drive |= Op::Write.bit();
         }
-        if may_misalign {
+        // Marked where the change ends, in `io`.
+        if may_misalign || node.bitmaps().recording() {
             drive |= modifying;
         }
         // Long or misaligned zeroing and discarding is cut up by rules of its own in `io`.

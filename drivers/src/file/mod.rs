@@ -41,6 +41,7 @@ pub(crate) const FILE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     schema: || schemars::schema_for!(FileOptions),
     open: |cx, value| Box::pin(open::open(Wanted::File, cx, value)),
+    create: None,
 };
 
 /// `host_device`.
@@ -49,6 +50,7 @@ pub(crate) const HOST_DEVICE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     schema: || schemars::schema_for!(FileOptions),
     open: |cx, value| Box::pin(open::open(Wanted::HostDevice, cx, value)),
+    create: None,
 };
 
 /// Which of the two drivers it is.

@@ -19,6 +19,7 @@ pub(crate) const NULL_CO: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     schema: || schemars::schema_for!(NullOptions),
     open: |cx, value| Box::pin(open::open("null-co", cx, value)),
+    create: None,
 };
 
 /// `null-aio`.
@@ -27,6 +28,7 @@ pub(crate) const NULL_AIO: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     schema: || schemars::schema_for!(NullOptions),
     open: |cx, value| Box::pin(open::open("null-aio", cx, value)),
+    create: None,
 };
 
 /// A null node: immutable.

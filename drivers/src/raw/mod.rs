@@ -24,6 +24,7 @@ pub(crate) const RAW: DriverDef = DriverDef {
     kind: DriverKind::Format,
     schema: || schemars::schema_for!(RawOptions),
     open: |cx, value| Box::pin(open::open(cx, value)),
+    create: None,
 };
 
 /// The part of the child that is shown.

@@ -56,6 +56,38 @@ impl Graph {
         Ok(root)
     }
 
+    /// Opens a node from its definition and attaches a user to it; the node goes with its last user.
+    ///
+    /// # Errors
+    /// As `blockdev-add`, or the permissions conflict; nothing is left behind.
+    pub(crate) async fn open_and_attach(
+        &self,
+        definition: serde_json::Map<String, serde_json::Value>,
+        inherited: crate::options::NodeOptions,
+        options: RootOptions,
+    ) -> Result<Root> {
+        self.reap().await;
+        let result = async {
+            let id = self.open_node(definition, inherited, 0).await?;
+            // Nothing is above it: nobody to drain. No wait in between, so nobody reaps it.
+            let root = self.attach_drained(id, options, Rc::new(crate::drain::NoSource))?;
+            let mut state = self.state_mut();
+            for below in state.topological(&[id]) {
+                if let Some(slot) = state.nodes.get_mut(&below) {
+                    slot.visible = true;
+                }
+            }
+            drop(state);
+            Ok(root)
+        };
+        let result = result.await;
+        if result.is_err() {
+            // Children that were opened for it are without users now.
+            self.reap().await;
+        }
+        result
+    }
+
     /// Nodes whose other users have to know of a user with this granularity.
     fn noticed(&self, node: NodeId, granularity: u32) -> Vec<NodeId> {
         let state = self.state();

@@ -25,10 +25,12 @@ use crate::drain::{DrainGuard, DrainState};
 use crate::driver::Registry;
 use crate::edge::{Edge, Parent, RootInfo};
 use crate::error::{BlockError, Errno, Result};
+use crate::events::{EventHub, EventSink};
 use crate::ids::{EdgeId, NodeId};
 use crate::node::Node;
 use crate::perm::PermPair;
 use crate::role::Roles;
+use crate::secret::Secrets;
 use crate::view::{View, ViewNode};
 
 pub use attach::Root;
@@ -241,6 +243,8 @@ pub(crate) struct Inner {
     pub(crate) state: RefCell<State>,
     pub(crate) drains: Rc<RefCell<Vec<Rc<DrainState>>>>,
     pub(crate) iothread: RefCell<Option<IoThread>>,
+    pub(crate) events: Arc<EventHub>,
+    secrets: Secrets,
 }
 
 /// The graph: a handle for the main thread, cheap to clone.
@@ -259,6 +263,8 @@ impl Graph {
                 state: RefCell::default(),
                 drains: Rc::default(),
                 iothread: RefCell::new(iothread),
+                events: Arc::default(),
+                secrets: Secrets::default(),
             }),
         }
     }
@@ -267,6 +273,16 @@ impl Graph {
     pub fn set_iothread(&self, iothread: Option<IoThread>) {
         let old = self.inner.iothread.replace(iothread);
         drop(old);
+    }
+
+    /// Names the place where the nodes' news go; once.
+    pub fn set_event_sink(&self, sink: EventSink) {
+        self.inner.events.set(sink);
+    }
+
+    /// The secrets drivers may ask for.
+    pub fn secrets(&self) -> &Secrets {
+        &self.inner.secrets
     }
 
     /// The limits of a node together with those of everything below it: what a user of the node had better respect.

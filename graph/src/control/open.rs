@@ -13,16 +13,20 @@ use serde_json::{Map, Value};
 
 use super::change::{add_edge, drop_edge, remove_edge};
 use super::{Graph, MAX_NODES, Slot, State, perms};
+use crate::bitmap::BitmapSet;
 use crate::drain::{NoSource, SourceGate};
 use crate::driver::{BoxFut, Driver, DriverDef};
 use crate::edge::{Edge, Parent, RootInfo};
+use crate::epoch::Epochs;
 use crate::error::{BlockError, Errno, Result};
+use crate::events::NodeEvents;
 use crate::ids::{EdgeId, NodeId, check_node_name};
 use crate::io::NodeIo;
 use crate::node::Node;
 use crate::options::{BlockdevRef, CommonOptions, DiscardOption, NodeOptions};
 use crate::perm::{Perm, PermPair, default_child_perm};
 use crate::role::Roles;
+use crate::secret::Secret;
 use crate::transaction::{Step, Transaction};
 
 /// Deepest nesting of inline definitions.
@@ -56,6 +60,8 @@ struct Opening {
     depth: usize,
     /// The provisional edges by child index.
     children: Vec<EdgeId>,
+    bitmaps: Arc<BitmapSet>,
+    epochs: Option<Arc<Epochs>>,
 }
 
 impl Drop for Opening {
@@ -81,6 +87,30 @@ impl OpenContext {
     /// The name of the node that is being opened.
     pub fn node_name(&self) -> &str {
         &self.name
+    }
+
+    /// The grace periods of the coming node: by asking for them, the driver has its users' requests counted.
+    pub fn epochs(&self) -> Arc<Epochs> {
+        Arc::clone(self.opening.borrow_mut().epochs.get_or_insert_default())
+    }
+
+    /// The dirty bitmaps of the coming node, for those that are stored in the image.
+    pub fn bitmaps(&self) -> Arc<BitmapSet> {
+        Arc::clone(&self.opening.borrow().bitmaps)
+    }
+
+    /// Where the coming node tells its news.
+    pub fn events(&self) -> Arc<NodeEvents> {
+        let hub = Arc::clone(&self.opening.borrow().graph.inner.events);
+        Arc::new(NodeEvents::new(self.name.clone(), hub))
+    }
+
+    /// The secret of that name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn secret(&self, id: &str) -> Result<Secret> {
+        self.opening.borrow().graph.secrets().get(id)
     }
 
     /// The effective common options.
@@ -266,6 +296,8 @@ impl Graph {
                 options: effective,
                 depth,
                 children: Vec::new(),
+                bitmaps: Arc::default(),
+                epochs: None,
             }));
             let context = OpenContext { opening: Rc::clone(&opening), name, options: effective };
             let opened = (def.open)(context, Value::Object(own)).await?;
@@ -299,7 +331,8 @@ impl Graph {
         let state = &mut *self.state_mut();
         let id = NodeId(state.fresh_id());
         let name = opening.name.clone();
-        let node = Node::new(id, name.clone(), def.name, def.kind, opened.driver, options);
+        let (bitmaps, epochs) = (Arc::clone(&opening.bitmaps), opening.epochs.clone());
+        let node = Node::new(id, name.clone(), def.name, def.kind, opened.driver, options, bitmaps, epochs);
         if node.size() > i64::MAX as u64 {
             return Err(BlockError::new(Errno::EFBIG, "The image is too large"));
         }

@@ -342,14 +342,20 @@ fn open_above(context: OpenContext, options: Value, roles: Roles) -> BoxFut<'sta
 
 /// A graph with the drivers `mem`, `filter`, `data` (raw with an offset, say) and `format`.
 pub(crate) fn graph() -> Graph {
-    let def =
-        |name, kind, open| DriverDef { name, kind, schema: || schemars::schema_for!(AboveOptions), open };
+    let def = |name, kind, open| DriverDef {
+        name,
+        kind,
+        schema: || schemars::schema_for!(AboveOptions),
+        open,
+        create: None,
+    };
     let registry = Registry::new([
         DriverDef {
             name: "mem",
             kind: DriverKind::Protocol,
             schema: || schemars::schema_for!(MemOptions),
             open: open_mem,
+            create: None,
         },
         def("filter", DriverKind::Filter, |c, o| open_above(c, o, Roles::FILTER)),
         def("data", DriverKind::Format, |c, o| open_above(c, o, Roles::DATA | Roles::PRIMARY)),

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use host::{IoVecs, Local};
 
 use crate::driver::{Limits, Op};
+use crate::epoch::{Stay, Stays};
 use crate::error::{BlockError, Errno, Result};
 use crate::node::Node;
 use crate::stats::ShardSet;
@@ -31,6 +32,8 @@ struct Shared {
     view: Arc<View>,
     local: Local,
     shards: Rc<ShardSet>,
+    /// Counts the requests of this thread, where a node below wants to know of them.
+    stays: Option<Stays>,
 }
 
 /// A node on one iothread: the generic entry points, and the way to the children. Cheap to clone; stays on its thread.
@@ -46,7 +49,11 @@ pub struct NodeIo {
 impl NodeIo {
     pub(crate) fn root(view: Arc<View>, local: Local) -> NodeIo {
         let shards = view.shards();
-        NodeIo { shared: Rc::new(Shared { view, local, shards }), index: 0, bounded: true }
+        let mut stays = None;
+        for epochs in view.nodes().iter().filter_map(|n| n.node().epochs()) {
+            epochs.register(stays.get_or_insert_with(Stays::new));
+        }
+        NodeIo { shared: Rc::new(Shared { view, local, shards, stays }), index: 0, bounded: true }
     }
 
     /// The root node as its parent would use it.
@@ -68,6 +75,18 @@ impl NodeIo {
     /// This thread's statistics shards for the view; the fast path accounts here.
     pub fn shards(&self) -> &Rc<ShardSet> {
         &self.shared.shards
+    }
+
+    /// Counts requests for the grace periods of nodes below ([`crate::epoch`]); `None` where no node has any. A source that
+    /// calls [`View::resolve`] counts every request from before that call until its operation has ended; requests
+    /// through this type are counted by it.
+    #[inline]
+    pub fn stays(&self) -> Option<&Stays> {
+        self.shared.stays.as_ref()
+    }
+
+    pub(super) fn stay(&self) -> Option<Stay<'_>> {
+        self.stays().map(Stays::stay)
     }
 
     /// A child by the index `OpenContext::open_child` returned. Where there is none (any more) every request on
@@ -112,6 +131,7 @@ impl NodeIo {
 
     /// Runs a request and notes how it went.
     async fn accounted(&self, op: Op, bytes: u64, request: impl Future<Output = Result<()>>) -> Result<()> {
+        let _stay = self.stay();
         let start = self.shared.local.now();
         let result = request.await;
         let now = self.shared.local.now();

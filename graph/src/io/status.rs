@@ -13,6 +13,7 @@ impl NodeIo {
     /// # Errors
     /// What the driver says; `EIO` for a range past 2^63.
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let _stay = self.stay();
         let node = self.view_node()?;
         if !crate::view::in_bounds(offset, len, i64::MAX as u64) {
             return Err(Errno::EIO.into());
@@ -45,6 +46,7 @@ impl NodeIo {
     /// # Errors
     /// `EPERM` on a read-only node, what the driver says.
     pub async fn truncate(&self, size: u64, how: Truncate) -> Result<()> {
+        let _stay = self.stay();
         let node = self.view_node()?;
         if node.node().options().read_only {
             return Err(Errno::EPERM.into());

@@ -186,6 +186,7 @@ fn case(flaw: Flaw) -> DriverCase {
         kind: DriverKind::Protocol,
         schema: || schemars::schema_for!(()),
         open: |cx, value| Box::pin(open(cx, value)),
+        create: None,
     };
     let key = |dir: &Path| dir.to_str().unwrap().to_owned();
     let create = move |dir: &Path| {
