@@ -12,9 +12,10 @@ use rustix::fs::{Advice, fadvise};
 use tempfile::TempDir;
 
 use crate::drive::{self, Load, Mode};
+use crate::image::{self, Layout};
 use crate::peers::{self, Choice, Export, Image, Kind, Peer};
 use crate::report::{Contestant, Results, Sample};
-use crate::workload::{self, Backing, Workload};
+use crate::workload::{self, Against, Backing, Workload};
 use crate::{Result, fio, host, say};
 
 /// Bytes per request.
@@ -187,6 +188,9 @@ fn rounds(
                 if workload.queues > 1 {
                     contestants.push(Contestant::RingblkOneQueue);
                 }
+                if workload.targets.iter().any(|t| t.against == Against::OwnRaw) {
+                    contestants.push(Contestant::RingblkRaw);
+                }
             }
         }
     }
@@ -242,12 +246,20 @@ fn run(
         Contestant::Qsd => (Kind::Qsd, workload.queues),
         Contestant::Ringblk => (Kind::Ringblk, workload.queues),
         Contestant::RingblkOneQueue => (Kind::Ringblk, 1),
+        Contestant::RingblkRaw => (Kind::Ringblk, workload.queues),
     };
+    let layout = if contestant == Contestant::RingblkRaw { Layout::Raw } else { workload.layout };
     let peer = peers.iter().find(|peer| peer.kind == kind).ok_or("the program is not there")?;
-    let image = match file {
-        None => Image::Null,
-        Some(path) => Image::File { path: path.to_owned(), direct: workload.backing == Backing::Direct },
+    let direct = workload.backing == Backing::Direct;
+    let image = match (file, layout) {
+        (None, _) => Image::Null,
+        (Some(path), Layout::Raw) => Image::File { path: path.to_owned(), direct },
+        (Some(path), layout) => {
+            let folder = path.parent().ok_or("a file without a folder")?;
+            Image::Qcow2 { chain: image::prepare(layout, path, folder)?, direct }
+        }
     };
+    let chain = if let Image::Qcow2 { chain, .. } = &image { chain.clone() } else { Vec::new() };
     let socket = files.tmpfs.path().join("vhost.sock");
     let export = Export {
         image,
@@ -277,6 +289,7 @@ fn run(
             Err(end) => format!("{error}; {end}").into(),
         })?;
     peers::end(daemon)?;
+    image::tidy(layout, &chain);
     let [p50, _, p99, ..] = outcome.latency_ns;
     Ok(Sample {
         iops: outcome.iops(),

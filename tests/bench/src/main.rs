@@ -10,6 +10,7 @@ mod drive;
 mod fio;
 mod histogram;
 mod host;
+mod image;
 mod peers;
 mod probe;
 mod report;

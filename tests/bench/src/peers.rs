@@ -3,6 +3,7 @@
 //! Called by `compare` and `probe`. ringblk takes qemu-storage-daemon's command line, so the differences between
 //! the two lines are exactly what is compared: where the queues of an export may run.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,13 @@ pub enum Image {
     File {
         /// Its path.
         path: PathBuf,
+        /// O_DIRECT.
+        direct: bool,
+    },
+    /// A chain of qcow2 files.
+    Qcow2 {
+        /// Their paths, the top one first.
+        chain: Vec<PathBuf>,
         /// O_DIRECT.
         direct: bool,
     },
@@ -84,6 +92,7 @@ impl Peer {
                 option("blockdev", format!("driver=file,node-name=f,filename={file},aio=io_uring{cache}"));
                 option("blockdev", "driver=raw,node-name=n,file=f".into());
             }
+            Image::Qcow2 { chain, direct } => option("blockdev", chain_options(chain, *direct)),
         }
         let iothreads = if self.kind == Kind::Qsd { 1 } else { export.iothreads };
         for thread in 0..iothreads {
@@ -130,6 +139,23 @@ impl Peer {
         let _ = std::fs::remove_file(socket);
         Ok(Launch::new(&self.path).args(self.arguments(export, socket)).cpus(cpus).spawn()?)
     }
+}
+
+/// Options of a chain, every file of it named: what follows from names in the images has other defaults.
+fn chain_options(chain: &[PathBuf], direct: bool) -> String {
+    let mut out = String::from("node-name=n");
+    let mut prefix = String::new();
+    let cache = if direct { "on" } else { "off" };
+    for file in chain {
+        let _ = write!(
+            out,
+            ",{prefix}driver=qcow2,{prefix}file.driver=file,{prefix}file.aio=io_uring,\
+             {prefix}file.cache.direct={cache},{prefix}cache.direct={cache},{prefix}file.filename={}",
+            file.display()
+        );
+        prefix.push_str("backing.");
+    }
+    out
 }
 
 /// Ends a backend as an orchestrator would; one that does not end is a failure of the run.

@@ -38,6 +38,8 @@ pub enum Contestant {
     Ringblk,
     /// ringblk with one queue, as its own reference.
     RingblkOneQueue,
+    /// ringblk on the raw file, as the reference of its formats.
+    RingblkRaw,
     /// The fio job with this position in the workload.
     Fio(usize),
 }
@@ -92,6 +94,7 @@ impl Results {
             }
             Contestant::Ringblk => "ringblk".into(),
             Contestant::RingblkOneQueue => "ringblk, one queue".into(),
+            Contestant::RingblkRaw => "ringblk, raw".into(),
             Contestant::Fio(job) => self.workload.fio.get(job).map_or("fio", |job| job.name()).into(),
         }
     }
@@ -110,6 +113,7 @@ impl Results {
             Against::Absolute => Some(1.0),
             Against::Qsd => one(Contestant::Qsd),
             Against::OneQueue => one(Contestant::RingblkOneQueue),
+            Against::OwnRaw => one(Contestant::RingblkRaw),
             Against::BestFio => {
                 let all = (0..self.workload.fio.len()).filter_map(|job| one(Contestant::Fio(job)));
                 match figure {
@@ -153,7 +157,7 @@ impl Results {
             .iter()
             .map(|target| (target.figure, target.against, Some(*target)))
             .collect();
-        for against in [Against::Qsd, Against::BestFio, Against::OneQueue] {
+        for against in [Against::Qsd, Against::BestFio, Against::OneQueue, Against::OwnRaw] {
             for figure in [Figure::Iops, Figure::Undisturbed, Figure::P50, Figure::Cpu] {
                 let known = rows.iter().any(|row| (row.0, row.1) == (figure, against));
                 if !known && !self.ratios(figure, against).is_empty() {
@@ -231,6 +235,7 @@ fn title(figure: Figure, against: Against) -> String {
         Against::Qsd => format!("{figure} / qemu-storage-daemon"),
         Against::BestFio => format!("{figure} / best host fio"),
         Against::OneQueue => format!("{figure} / own one queue"),
+        Against::OwnRaw => format!("{figure} / own raw"),
         Against::Absolute => format!("{figure}, ns"),
     }
 }

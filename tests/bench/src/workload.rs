@@ -5,6 +5,7 @@
 
 use crate::drive::Pattern;
 use crate::fio::{Engine, Job};
+use crate::image::Layout;
 use crate::peers::DEFAULT_POLL_NS;
 
 /// Where the data are.
@@ -42,6 +43,8 @@ pub enum Against {
     BestFio,
     /// ringblk itself with one queue on one iothread.
     OneQueue,
+    /// ringblk itself on the raw file.
+    OwnRaw,
     /// Nothing: nanoseconds, or requests per second.
     Absolute,
 }
@@ -75,6 +78,9 @@ pub struct Workload {
     pub title: &'static str,
     /// Where the data are.
     pub backing: Backing,
+    /// What format they are in; with another than raw, ringblk also runs on the raw file if something is promised
+    /// against that.
+    pub layout: Layout,
     /// Direction.
     pub rw: Pattern,
     /// Requests in flight per queue.
@@ -93,6 +99,7 @@ pub struct Workload {
 
 const READ: Pattern = Pattern { random: true, reads: 100 };
 const WRITE: Pattern = Pattern { random: true, reads: 0 };
+const APPEND: Pattern = Pattern { random: false, reads: 0 };
 
 /// Polling time where the front end sends one request at a time: longer than any pause the front end makes (well
 /// under a microsecond unless it loses its processor), so that the path of a polling iothread is measured and not
@@ -105,13 +112,14 @@ fn target(figure: Figure, against: Against, bound: Bound) -> Target {
 
 /// All workloads, in the order they run.
 pub fn all() -> Vec<Workload> {
-    use Against::{Absolute, BestFio, OneQueue, Qsd};
+    use Against::{Absolute, BestFio, OneQueue, OwnRaw, Qsd};
     use Bound::{AtLeast, AtMost};
     use Figure::{Cpu, Iops, P50};
     let base = Workload {
         name: "",
         title: "",
         backing: Backing::Null,
+        layout: Layout::Raw,
         rw: READ,
         depth: 32,
         queues: 1,
@@ -201,6 +209,65 @@ pub fn all() -> Vec<Workload> {
             backing: Backing::Cached,
             queues: 2,
             targets: vec![target(Iops, OneQueue, AtLeast(1.0))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-read",
+            title: "qcow2, allocated, in the page cache, depth 32, reads",
+            backing: Backing::Cached,
+            layout: Layout::Allocated,
+            targets: vec![target(Iops, OwnRaw, AtLeast(0.95))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-write",
+            title: "qcow2, allocated, in the page cache, depth 32, writes",
+            backing: Backing::Cached,
+            layout: Layout::Allocated,
+            rw: WRITE,
+            targets: vec![target(Iops, OwnRaw, AtLeast(0.95))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-overlay",
+            title: "empty overlay over an allocated qcow2, in the page cache, depth 32, reads",
+            backing: Backing::Cached,
+            layout: Layout::Chain(2),
+            targets: vec![target(Iops, OwnRaw, AtLeast(0.92))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-chain",
+            title: "chain of nine qcow2, data in the lowest, in the page cache, depth 32, reads",
+            backing: Backing::Cached,
+            layout: Layout::Chain(9),
+            targets: vec![target(Iops, OwnRaw, AtLeast(0.85))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-fresh-tmpfs",
+            title: "fresh qcow2 in tmpfs, depth 32, allocating writes one after the other",
+            backing: Backing::Tmpfs,
+            layout: Layout::Fresh,
+            rw: APPEND,
+            targets: vec![target(Iops, Qsd, AtLeast(2.0))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-fresh-direct",
+            title: "fresh qcow2 with O_DIRECT, depth 32, allocating writes one after the other",
+            backing: Backing::Direct,
+            layout: Layout::Fresh,
+            rw: APPEND,
+            targets: vec![target(Iops, Qsd, AtLeast(1.3))],
+            ..base.clone()
+        },
+        Workload {
+            name: "qcow2-large",
+            title: "qcow2 of 200 GiB, metadata preallocated, in the page cache, depth 32, reads",
+            backing: Backing::Cached,
+            layout: Layout::Large,
+            targets: vec![target(Iops, Qsd, AtLeast(1.5))],
             ..base
         },
     ]

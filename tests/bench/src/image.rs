@@ -1,0 +1,100 @@
+//! The qcow2 images of a comparison: made by `qemu-img`, so that neither contestant has the advantage of its own layout.
+//!
+//! Called by `compare`. An image that a run changes is made anew for every run.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Result;
+
+/// How an image is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// No format: the raw file itself.
+    Raw,
+    /// One image with every cluster allocated.
+    Allocated,
+    /// This many images above each other: empty overlays, all data in the lowest.
+    Chain(u8),
+    /// Nothing allocated, 64 GiB; made anew for each run.
+    Fresh,
+    /// 200 GiB with all metadata and no data.
+    Large,
+}
+
+fn qemu_img(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("qemu-img").args(arguments).output();
+    let output = output.map_err(|error| format!("qemu-img: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("qemu-img {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())
+        .into())
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| "a folder whose name is not UTF-8".into())
+}
+
+/// The files of a layout in `folder`, the top one first; `raw` holds the data.
+///
+/// # Errors
+/// What `qemu-img` says.
+pub fn prepare(layout: Layout, raw: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
+    let allocated = folder.join("allocated.qcow2");
+    match layout {
+        Layout::Raw => Ok(vec![raw.to_owned()]),
+        Layout::Allocated => {
+            if !allocated.exists() {
+                qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-S", "0", text(raw)?, text(&allocated)?])?;
+            }
+            Ok(vec![allocated])
+        }
+        Layout::Chain(depth) => {
+            let mut chain = prepare(Layout::Allocated, raw, folder)?;
+            for level in 1..depth {
+                let path = folder.join(format!("level-{level}.qcow2"));
+                if !path.exists()
+                    && let Some(below) = chain.first()
+                {
+                    qemu_img(&[
+                        "create",
+                        "-q",
+                        "-f",
+                        "qcow2",
+                        "-F",
+                        "qcow2",
+                        "-b",
+                        text(below)?,
+                        text(&path)?,
+                    ])?;
+                }
+                chain.insert(0, path);
+            }
+            Ok(chain)
+        }
+        Layout::Fresh => {
+            let path = folder.join("fresh.qcow2");
+            let _ = std::fs::remove_file(&path);
+            qemu_img(&["create", "-q", "-f", "qcow2", text(&path)?, "64G"])?;
+            Ok(vec![path])
+        }
+        Layout::Large => {
+            let path = folder.join("large.qcow2");
+            if !path.exists() {
+                let preallocate = "preallocation=metadata";
+                qemu_img(&["create", "-q", "-f", "qcow2", "-o", preallocate, text(&path)?, "200G"])?;
+            }
+            Ok(vec![path])
+        }
+    }
+}
+
+/// Takes away what a run has written.
+pub fn tidy(layout: Layout, files: &[PathBuf]) {
+    if layout == Layout::Fresh {
+        for file in files {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
