@@ -12,6 +12,7 @@ use graph::DriverDef;
 
 mod file;
 mod null;
+mod qcow2;
 mod raw;
 
 /// Every driver, in the order the reference lists them.
