@@ -1,0 +1,20 @@
+//! Work in the background of the block graph: the state machine of jobs, the copy engine they share, and the jobs.
+//!
+//! Called by the control channel (commands, queries) and by the image tool (which runs a copy without a job around it).
+//! Everything here lives on the main thread; data moves on iothreads, through users of nodes ([`Hold`]) that a drain can
+//! stop. Must not know virtio, sockets or the control channel's syntax, and names no driver.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`control`] | what a piece of work and its owner share across threads: progress, rate, pausing, cancelling |
+//! | [`hold`] | a job's use of a node, with its requests bracketed so that drains end |
+//! | [`copy`] | the copy engine |
+
+#![forbid(unsafe_code)]
+
+pub mod control;
+pub mod copy;
+pub mod hold;
+
+pub use control::Control;
+pub use hold::Hold;
