@@ -1,0 +1,433 @@
+//! The cache of L2 slices: sets of eight slots, found by guest slice number, read without a lock.
+//!
+//! A slice is a part of an L2 table, 4 KiB by default. Called by the lookups (`Tables`), the loader and the writers of this
+//! driver. Must not wait: the loader does the I/O.
+//!
+//! **Reading.** A slot has a sequence number (odd while it changes), a key, and words. A reader loads the number, the key,
+//! the words it wants, and the number again; if both are equal and even, what it has belongs together (a seqlock over
+//! atomics, no unsafe code). Slots are never freed, so that a reader at worst looks at a slot that has become another's.
+//!
+//! **Writing.** Under the slot's mutex, which is never held across waiting. It also guards what must not be lost: the
+//! mask of dirty sectors, and the records of allocating writes in flight. A slot with either is no victim.
+//!
+//! **Placement.** Slice n may be in any slot of set n mod sets. As long as the cache is as large as the tables, no two slices
+//! ever compete. Victims are chosen by one round of CLOCK within the set.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use host::sync::Event;
+
+/// Slots of a set.
+pub(crate) const WAYS: usize = 8;
+/// Sets that are allocated together.
+const CHUNK_SETS: usize = 16;
+/// In a key: the slice holds an entry that needs a closer look; the lock-free lookup passes it by.
+const SUSPECT: u64 = 1 << 63;
+
+/// The keys of a set in one cache line: slice number + 1, 0 for none.
+#[derive(Default)]
+#[repr(align(64))]
+struct Set {
+    keys: [AtomicU64; WAYS],
+}
+
+/// A write that allocates, from its decision to its publication. Whoever wants to change the same clusters waits.
+#[derive(Debug)]
+struct Record {
+    id: u64,
+    first: usize,
+    count: usize,
+    done: Arc<Event>,
+}
+
+#[derive(Default)]
+pub(super) struct SlotState {
+    /// Sectors that differ from the disk, one bit each.
+    dirty: u128,
+    /// Sectors a commit is writing.
+    writing: u128,
+    /// Taken by a loader.
+    reserved: bool,
+    records: Vec<Record>,
+    next_record: u64,
+}
+
+impl SlotState {
+    fn evictable(&self) -> bool {
+        self.dirty == 0 && self.writing == 0 && !self.reserved && self.records.is_empty()
+    }
+}
+
+#[derive(Default)]
+struct Slot {
+    seq: AtomicU64,
+    used: AtomicBool,
+    words: OnceLock<Box<[AtomicU64]>>,
+    state: Mutex<SlotState>,
+}
+
+struct Chunk {
+    sets: [Set; CHUNK_SETS],
+    slots: Box<[Slot]>,
+}
+
+impl Chunk {
+    fn new() -> Box<Chunk> {
+        Box::new(Chunk {
+            sets: Default::default(),
+            slots: std::iter::repeat_with(Slot::default).take(CHUNK_SETS * WAYS).collect(),
+        })
+    }
+}
+
+/// See the module's words.
+pub(super) struct Cache {
+    chunks: Box<[OnceLock<Box<Chunk>>]>,
+    /// Number of sets - 1; a power of two less one.
+    mask: u64,
+    /// 64-bit words of a slice.
+    words: usize,
+    /// Words of a dirty sector.
+    sector_words: usize,
+    /// Slices that became dirty.
+    dirty: Mutex<Vec<u64>>,
+}
+
+/// A slot that was reserved for a load.
+pub(super) struct Reserved {
+    set: usize,
+    way: usize,
+}
+
+/// Why no slot could be had.
+pub(super) enum Full {
+    /// A commit would free some.
+    Dirty,
+    /// Allocating writes or loads hold them.
+    Busy,
+}
+
+/// Sectors of a slice that wait to be written.
+pub(super) struct DirtySlice {
+    pub(super) slice: u64,
+    pub(super) mask: u128,
+    /// (sector, its bytes as they go to disk)
+    pub(super) sectors: Vec<(u32, Vec<u8>)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that can panic runs between two changes that belong together.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cache {
+    /// For `slots` slots (rounded up to whole sets and a power of two) of `words` words, with dirty sectors of
+    /// `sector_words`.
+    pub(super) fn new(slots: u64, words: usize, sector_words: usize) -> Cache {
+        let sets = slots.div_ceil(WAYS as u64).max(1).next_power_of_two();
+        let chunks = (sets as usize).div_ceil(CHUNK_SETS);
+        Cache {
+            chunks: std::iter::repeat_with(OnceLock::new).take(chunks).collect(),
+            mask: sets - 1,
+            words,
+            sector_words,
+            dirty: Mutex::default(),
+        }
+    }
+
+    /// How many slots there are.
+    pub(super) fn slots(&self) -> u64 {
+        (self.mask + 1) * WAYS as u64
+    }
+
+    /// Slices that wait to be written.
+    pub(super) fn dirty_slices(&self) -> usize {
+        lock(&self.dirty).len()
+    }
+
+    #[inline]
+    fn place(&self, slice: u64) -> usize {
+        (slice & self.mask) as usize
+    }
+
+    #[inline]
+    fn chunk(&self, set: usize) -> Option<&Chunk> {
+        self.chunks.get(set / CHUNK_SETS).and_then(OnceLock::get).map(|c| &**c)
+    }
+
+    #[inline]
+    fn slot(&self, set: usize, way: usize) -> Option<(&AtomicU64, &Slot)> {
+        let chunk = self.chunk(set)?;
+        let local = set % CHUNK_SETS;
+        Some((chunk.sets.get(local)?.keys.get(way)?, chunk.slots.get(local * WAYS + way)?))
+    }
+
+    /// Looks at a slice without a lock: `f` gets a way to load words, and its answer counts only if nothing changed
+    /// meanwhile. `None`: not cached, suspect, or changing right now.
+    #[inline]
+    pub(super) fn read<R>(&self, slice: u64, f: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
+        let set = self.place(slice);
+        let chunk = self.chunk(set)?;
+        let local = set % CHUNK_SETS;
+        let keys = &chunk.sets.get(local)?.keys;
+        let way = keys.iter().position(|k| k.load(Relaxed) == slice + 1)?;
+        let slot = chunk.slots.get(local * WAYS + way)?;
+        for _ in 0..4 {
+            let before = slot.seq.load(Acquire);
+            if before & 1 == 0 {
+                if keys.get(way)?.load(Relaxed) != slice + 1 {
+                    return None;
+                }
+                let answer = f(slot.words.get()?);
+                fence(Acquire);
+                if slot.seq.load(Relaxed) == before {
+                    // Only where it is not set yet: a shared store per hit would cost more than the lookup.
+                    if !slot.used.load(Relaxed) {
+                        slot.used.store(true, Relaxed);
+                    }
+                    return Some(answer);
+                }
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    fn find(&self, slice: u64) -> Option<(usize, usize)> {
+        let set = self.place(slice);
+        let keys = &self.chunk(set)?.sets.get(set % CHUNK_SETS)?.keys;
+        keys.iter().position(|k| k.load(Acquire) & !SUSPECT == slice + 1).map(|way| (set, way))
+    }
+
+    /// Works on a cached slice under its mutex. `None`: not cached.
+    pub(super) fn with<R>(&self, slice: u64, f: impl FnOnce(&mut Slice<'_>) -> R) -> Option<R> {
+        loop {
+            let (set, way) = self.find(slice)?;
+            let (key, slot) = self.slot(set, way)?;
+            let state = lock(&slot.state);
+            let now = key.load(Acquire);
+            if now & !SUSPECT != slice + 1 {
+                // Became another's before we had the mutex.
+                continue;
+            }
+            slot.used.store(true, Relaxed);
+            let words = slot.words.get()?;
+            let mut slice = Slice {
+                cache: self,
+                slice,
+                seq: &slot.seq,
+                words,
+                state,
+                changing: false,
+                suspect: now & SUSPECT != 0,
+            };
+            return Some(f(&mut slice));
+        }
+    }
+
+    /// Takes a slot for `slice`: free or clean, least recently used. Its old content is gone.
+    pub(super) fn reserve(&self, slice: u64) -> Result<Reserved, Full> {
+        let set = self.place(slice);
+        let busy = Err(Full::Busy);
+        let Some(cell) = self.chunks.get(set / CHUNK_SETS) else { return busy };
+        cell.get_or_init(Chunk::new);
+        let start = (slice / (self.mask + 1)) as usize % WAYS;
+        let mut any_dirty = false;
+        // Free ones first, then those not used since the last round, then any.
+        for round in 0..3 {
+            for step in 0..WAYS {
+                let way = (start + step) % WAYS;
+                let Some((key, slot)) = self.slot(set, way) else { return busy };
+                if round == 0 && key.load(Relaxed) != 0 {
+                    continue;
+                }
+                let Ok(mut state) = slot.state.try_lock() else { continue };
+                if !state.evictable() {
+                    any_dirty |= state.dirty != 0 || state.writing != 0;
+                    continue;
+                }
+                if round == 1 && slot.used.swap(false, Relaxed) {
+                    continue;
+                }
+                state.reserved = true;
+                let seq = slot.seq.load(Relaxed);
+                slot.seq.store(seq + 1, Relaxed);
+                fence(Release);
+                key.store(0, Release);
+                slot.seq.store(seq + 2, Release);
+                return Ok(Reserved { set, way });
+            }
+        }
+        Err(if any_dirty { Full::Dirty } else { Full::Busy })
+    }
+
+    /// Fills a reserved slot.
+    pub(super) fn fill(&self, at: &Reserved, slice: u64, words: &[u64], suspect: bool) {
+        let Some((key, slot)) = self.slot(at.set, at.way) else { return };
+        let mut state = lock(&slot.state);
+        let cells =
+            slot.words.get_or_init(|| std::iter::repeat_with(AtomicU64::default).take(self.words).collect());
+        let seq = slot.seq.load(Relaxed);
+        slot.seq.store(seq + 1, Relaxed);
+        fence(Release);
+        for (cell, word) in cells.iter().zip(words) {
+            cell.store(*word, Relaxed);
+        }
+        key.store((slice + 1) | if suspect { SUSPECT } else { 0 }, Release);
+        slot.used.store(true, Relaxed);
+        slot.seq.store(seq + 2, Release);
+        state.reserved = false;
+    }
+
+    /// Gives a reserved slot back unfilled.
+    pub(super) fn release(&self, at: &Reserved) {
+        if let Some((_, slot)) = self.slot(at.set, at.way) {
+            lock(&slot.state).reserved = false;
+        }
+    }
+
+    /// Forgets everything clean. Drained, after a commit: what the tables say changed behind the cache's back.
+    pub(super) fn clear(&self) {
+        for chunk in self.chunks.iter().filter_map(OnceLock::get) {
+            for (local, set) in chunk.sets.iter().enumerate() {
+                for (way, key) in set.keys.iter().enumerate() {
+                    let Some(slot) = chunk.slots.get(local * WAYS + way) else { continue };
+                    let state = lock(&slot.state);
+                    if state.evictable() {
+                        let seq = slot.seq.load(Relaxed);
+                        slot.seq.store(seq + 1, Relaxed);
+                        fence(Release);
+                        key.store(0, Release);
+                        slot.seq.store(seq + 2, Release);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Copies all dirty sectors; they count as being written until [`Cache::written`].
+    pub(super) fn collect(&self) -> Vec<DirtySlice> {
+        let slices = std::mem::take(&mut *lock(&self.dirty));
+        let mut out = Vec::with_capacity(slices.len());
+        for slice in slices {
+            let copied = self.with(slice, |s| {
+                let mask = std::mem::take(&mut s.state.dirty);
+                s.state.writing |= mask;
+                let mut sectors = Vec::with_capacity(mask.count_ones() as usize);
+                for sector in (0..128u32).filter(|n| mask & (1 << n) != 0) {
+                    let first = sector as usize * self.sector_words;
+                    let mut bytes = Vec::with_capacity(self.sector_words * 8);
+                    for word in s.words.iter().skip(first).take(self.sector_words) {
+                        bytes.extend_from_slice(&word.load(Relaxed).to_be_bytes());
+                    }
+                    sectors.push((sector, bytes));
+                }
+                DirtySlice { slice, mask, sectors }
+            });
+            out.extend(copied);
+        }
+        out
+    }
+
+    /// The sectors of `mask` are on disk, or (`!ok`) are not and stay dirty.
+    pub(super) fn written(&self, slice: u64, mask: u128, ok: bool) {
+        self.with(slice, |s| {
+            s.state.writing &= !mask;
+            if !ok {
+                s.mark(mask);
+            }
+        });
+    }
+}
+
+/// A cached slice under its mutex.
+pub(crate) struct Slice<'a> {
+    cache: &'a Cache,
+    slice: u64,
+    seq: &'a AtomicU64,
+    words: &'a [AtomicU64],
+    state: MutexGuard<'a, SlotState>,
+    changing: bool,
+    suspect: bool,
+}
+
+impl Slice<'_> {
+    /// A word in host byte order; 0 past the end.
+    #[inline]
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.words.get(index).map_or(0, |w| w.load(Relaxed))
+    }
+
+    /// Changes a word; the next commit writes its sector.
+    pub(crate) fn set_word(&mut self, index: usize, value: u64) {
+        let Some(word) = self.words.get(index) else { return };
+        if !self.changing {
+            self.changing = true;
+            let seq = self.seq.load(Relaxed);
+            self.seq.store(seq + 1, Relaxed);
+            fence(Release);
+        }
+        word.store(value, Relaxed);
+        let sector = index / self.cache.sector_words;
+        self.mark(1u128.checked_shl(sector as u32).unwrap_or(0));
+    }
+
+    fn mark(&mut self, mask: u128) {
+        if mask != 0 && self.state.dirty == 0 {
+            lock(&self.cache.dirty).push(self.slice);
+        }
+        self.state.dirty |= mask;
+    }
+
+    /// Whether an entry of the slice needs a closer look.
+    pub(crate) fn suspect(&self) -> bool {
+        self.suspect
+    }
+
+    /// What to wait for before these entries may be changed.
+    pub(crate) fn in_flight(&self, first: usize, count: usize) -> Option<Arc<Event>> {
+        let overlaps = |r: &&Record| r.first < first + count && first < r.first + r.count;
+        self.state.records.iter().find(overlaps).map(|r| Arc::clone(&r.done))
+    }
+
+    /// The first entry from `first` on, before `end`, that belongs to a write in flight.
+    pub(crate) fn next_in_flight(&self, first: usize, end: usize) -> usize {
+        let starts = self.state.records.iter().filter(|r| r.first + r.count > first);
+        starts.map(|r| r.first.max(first)).min().map_or(end, |at| at.min(end))
+    }
+
+    /// Notes a write that allocates these entries; its number.
+    pub(crate) fn begin(&mut self, first: usize, count: usize) -> u64 {
+        let id = self.state.next_record;
+        self.state.next_record += 1;
+        self.state.records.push(Record { id, first, count, done: Arc::new(Event::new()) });
+        id
+    }
+
+    /// The write allocates fewer entries than it thought. Who waited for the others may look again.
+    pub(crate) fn shorten(&mut self, id: u64, count: usize) {
+        if let Some(record) = self.state.records.iter_mut().find(|r| r.id == id) {
+            record.count = count;
+            let old = std::mem::replace(&mut record.done, Arc::new(Event::new()));
+            old.set();
+        }
+    }
+
+    /// The write is published or has failed.
+    pub(crate) fn end(&mut self, id: u64) {
+        if let Some(at) = self.state.records.iter().position(|r| r.id == id) {
+            self.state.records.swap_remove(at).done.set();
+        }
+    }
+}
+
+impl Drop for Slice<'_> {
+    fn drop(&mut self) {
+        if self.changing {
+            let seq = self.seq.load(Relaxed);
+            self.seq.store(seq + 1, Release);
+        }
+    }
+}

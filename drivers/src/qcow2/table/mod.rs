@@ -1,0 +1,306 @@
+//! L1 in memory and the cache of L2 slices: where guest data lies, and what of that waits for the next commit.
+//!
+//! Memory is the truth, the disk lags behind. Lookups answer at once from what is cached; `load` fetches what is not;
+//! `own` makes a table that may be changed. Who publishes entries (`io/`) works on a [`Slice`] under its mutex; the commit
+//! takes copies with [`Tables::collect`]. This folder does not decide where data goes, and frees nothing.
+
+mod cache;
+pub(crate) mod entry;
+mod l1;
+mod load;
+mod own;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use graph::{NodeIo, Result};
+use host::sync::{Event, WaitQueue};
+
+pub(crate) use cache::Slice;
+pub(crate) use entry::{Decoder, Kind, Run};
+
+use super::format::{Geometry, OFFSET_MASK};
+use super::node::Qcow2;
+use cache::Cache;
+use l1::L1;
+
+/// One piece of a table on its way to the image file.
+pub(crate) struct TableWrite {
+    /// Where it goes, bytes.
+    pub(crate) offset: u64,
+    /// What goes there.
+    pub(crate) data: Vec<u8>,
+}
+
+/// Everything of L1 and L2 that was dirty when it was collected; all of it belongs behind the first barrier.
+pub(crate) struct DirtyTables {
+    /// What to write, ascending, neighbours merged.
+    pub(crate) writes: Vec<TableWrite>,
+    slices: Vec<(u64, u128)>,
+    l1: Vec<u32>,
+}
+
+/// See the module's words.
+pub(crate) struct Tables {
+    decoder: Decoder,
+    l1: L1,
+    cache: Cache,
+    /// log2 of the entries of a slice.
+    slice_bits: u32,
+    /// Bytes of a dirty sector.
+    sector: u64,
+    /// Slices that are being loaded.
+    loading: Mutex<HashMap<u64, Arc<Event>>>,
+    /// L1 entries whose table is being made.
+    making: Mutex<HashMap<u64, Arc<Event>>>,
+    /// Waiting for a slot.
+    room: WaitQueue,
+}
+
+impl Tables {
+    /// For an active L1 table that was read. `cache_bytes` is what L2 slices may take, `slice_bytes` the size of one (a power
+    /// of two, 512 … cluster size), `sector` the unit the image file is written in (a power of two, 512 … slice size).
+    pub(crate) fn new(
+        geo: Geometry,
+        l1_offset: u64,
+        l1: &[u64],
+        cache_bytes: u64,
+        slice_bytes: u64,
+        sector: u64,
+    ) -> Tables {
+        // The mask of dirty sectors has 128 bits.
+        let slice_bytes = slice_bytes.clamp(512, geo.cluster_size().min(64 << 10));
+        let sector = sector.clamp(512, slice_bytes).max(slice_bytes / 128);
+        let words = (slice_bytes / 8) as usize;
+        Tables {
+            decoder: Decoder::new(geo),
+            l1: L1::new(l1_offset, l1),
+            cache: Cache::new(cache_bytes / slice_bytes, words, (sector / 8) as usize),
+            slice_bits: (slice_bytes / geo.l2_entry_size()).trailing_zeros(),
+            sector,
+            loading: Mutex::default(),
+            making: Mutex::default(),
+            room: WaitQueue::new(),
+        }
+    }
+
+    /// The decoder of entries.
+    pub(crate) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    fn geo(&self) -> Geometry {
+        self.decoder.geo
+    }
+
+    /// Number of the slice with the entry of a guest offset.
+    #[inline]
+    pub(crate) fn slice_of(&self, guest: u64) -> u64 {
+        guest >> (self.geo().cluster_bits() + self.slice_bits)
+    }
+
+    /// Entries of a slice.
+    pub(crate) fn slice_entries(&self) -> usize {
+        1 << self.slice_bits
+    }
+
+    /// Guest bytes a slice covers.
+    pub(crate) fn slice_span(&self) -> u64 {
+        1 << (self.geo().cluster_bits() + self.slice_bits)
+    }
+
+    /// Index within its slice of the entry of a guest offset.
+    #[inline]
+    pub(crate) fn index_of(&self, guest: u64) -> usize {
+        ((guest >> self.geo().cluster_bits()) & ((1 << self.slice_bits) - 1)) as usize
+    }
+
+    /// log2 of the slices of a table.
+    fn slices_per_table_bits(&self) -> u32 {
+        self.geo().l2_bits() - self.slice_bits
+    }
+
+    /// Where `guest` lies, without waiting or locking; the hot path. `None`: ask again with [`Tables::find`].
+    #[inline]
+    pub(crate) fn lookup(&self, guest: u64, len: u64) -> Option<Run> {
+        if let Some(run) = self.absent(guest, len) {
+            return Some(run);
+        }
+        let index = self.index_of(guest);
+        let count = self.slice_entries();
+        let extended = self.geo().extended_l2();
+        self.cache.read(self.slice_of(guest), |words| {
+            let word = |i: usize| words.get(i).map_or(0, |w: &AtomicU64| w.load(Relaxed));
+            let get = |i: usize| if extended { (word(2 * i), word(2 * i + 1)) } else { (word(i), 0) };
+            self.decoder.run(get, index, count, guest, len)
+        })
+    }
+
+    /// The answer where there is no L2 table.
+    #[inline]
+    fn absent(&self, guest: u64, len: u64) -> Option<Run> {
+        let geo = self.geo();
+        if self.l1.get(geo.l1_index(guest)) & OFFSET_MASK != 0 {
+            return None;
+        }
+        let room = geo.bytes_per_l1_entry() - (guest & (geo.bytes_per_l1_entry() - 1));
+        Some(Run { kind: Kind::Unallocated, len: len.min(room), host: None, copied: false, entry: 0 })
+    }
+
+    /// Where `guest` lies; loads what is missing. Invalid entries are answered as such.
+    ///
+    /// # Errors
+    /// The table could not be read, or lies at an impossible place (the image is marked corrupt).
+    pub(crate) async fn find(&self, node: &Qcow2, io: &NodeIo, guest: u64, len: u64) -> Result<Run> {
+        loop {
+            if let Some(run) = self.lookup(guest, len) {
+                return Ok(run);
+            }
+            let slice = self.slice_of(guest);
+            let (index, count) = (self.index_of(guest), self.slice_entries());
+            let run = self.cache.with(slice, |s| {
+                self.decoder.run(|i| self.entry(s, i), index, count, guest, len)
+            });
+            match run {
+                Some(run) => return Ok(run),
+                None => self.load(node, io, slice).await?,
+            }
+        }
+    }
+
+    /// An entry of a slice with its bitmap.
+    #[inline]
+    pub(crate) fn entry(&self, slice: &Slice<'_>, index: usize) -> (u64, u64) {
+        if self.geo().extended_l2() {
+            (slice.word(2 * index), slice.word(2 * index + 1))
+        } else {
+            (slice.word(index), 0)
+        }
+    }
+
+    /// Changes an entry; what is equal stays clean.
+    pub(crate) fn set_entry(&self, slice: &mut Slice<'_>, index: usize, entry: u64, bitmap: u64) {
+        if self.entry(slice, index) == (entry, bitmap) {
+            return;
+        }
+        if self.geo().extended_l2() {
+            slice.set_word(2 * index, entry);
+            slice.set_word(2 * index + 1, bitmap);
+        } else {
+            slice.set_word(index, entry);
+        }
+    }
+
+    /// Works on the cached slice of `guest` under its mutex; `None`: not cached.
+    pub(crate) fn with<R>(&self, guest: u64, f: impl FnOnce(&mut Slice<'_>) -> R) -> Option<R> {
+        self.cache.with(self.slice_of(guest), f)
+    }
+
+    /// Whether the table of `guest` exists and may be changed in place.
+    #[inline]
+    pub(crate) fn is_owned(&self, guest: u64) -> bool {
+        let entry = self.l1.get(self.geo().l1_index(guest));
+        entry & super::format::COPIED != 0 && entry & OFFSET_MASK != 0
+    }
+
+    /// After records ended or slots became clean.
+    pub(crate) fn wake(&self) {
+        self.room.notify_all();
+    }
+
+    /// Whether so much is dirty that whoever notices had better run a commit.
+    pub(crate) fn wants_commit(&self) -> bool {
+        self.cache.dirty_slices() as u64 * 2 > self.cache.slots()
+    }
+
+    /// Whether anything waits for a commit.
+    pub(crate) fn has_dirty(&self) -> bool {
+        self.cache.dirty_slices() != 0 || self.l1.is_dirty()
+    }
+
+    /// Entries of the L1 table.
+    pub(crate) fn l1_len(&self) -> u32 {
+        self.l1.len()
+    }
+
+    /// Where the L1 table lies, bytes.
+    pub(crate) fn l1_offset(&self) -> u64 {
+        self.l1.offset()
+    }
+
+    /// An L1 entry as it stands, 0 past the end.
+    pub(crate) fn l1(&self, index: u64) -> u64 {
+        self.l1.get(index)
+    }
+
+    /// All L1 entries.
+    pub(crate) fn l1_entries(&self) -> Vec<u64> {
+        self.l1.entries()
+    }
+
+    /// Changes an L1 entry; the next commit writes it.
+    pub(crate) fn set_l1(&self, index: u64, entry: u64) {
+        self.l1.set(index, entry);
+    }
+
+    /// The L1 table lies elsewhere and has another length; the disk has what memory has. Drained.
+    pub(crate) fn l1_moved(&self, offset: u64, len: u32) {
+        self.l1.moved(offset, len);
+    }
+
+    /// Another L1 table is the active one (snapshots). Drained, committed.
+    pub(crate) fn replace_l1(&self, offset: u64, entries: &[u64]) {
+        self.l1.replace(offset, entries);
+        self.cache.clear();
+    }
+
+    /// Forgets all clean slices: what the tables on disk say was changed behind the cache. Drained, committed.
+    pub(crate) fn forget(&self) {
+        self.cache.clear();
+    }
+
+    /// Takes copies of everything dirty, for one commit. Exactly one [`Tables::finish`] follows.
+    pub(crate) fn collect(&self) -> DirtyTables {
+        let mut out = DirtyTables { writes: Vec::new(), slices: Vec::new(), l1: Vec::new() };
+        let in_table = (1u64 << self.slices_per_table_bits()) - 1;
+        let slice_bytes = self.geo().l2_entry_size() << self.slice_bits;
+        let mut pieces: Vec<TableWrite> = Vec::new();
+        for dirty in self.cache.collect() {
+            let table = self.l1.get(dirty.slice >> self.slices_per_table_bits()) & OFFSET_MASK;
+            let base = table + (dirty.slice & in_table) * slice_bytes;
+            for (sector, data) in dirty.sectors {
+                pieces.push(TableWrite { offset: base + u64::from(sector) * self.sector, data });
+            }
+            out.slices.push((dirty.slice, dirty.mask));
+        }
+        for (sector, offset, data) in self.l1.collect() {
+            pieces.push(TableWrite { offset, data });
+            out.l1.push(sector);
+        }
+        pieces.sort_unstable_by_key(|w| w.offset);
+        for piece in pieces {
+            match out.writes.last_mut() {
+                Some(last) if last.offset + last.data.len() as u64 == piece.offset => {
+                    last.data.extend_from_slice(&piece.data);
+                }
+                _ => out.writes.push(piece),
+            }
+        }
+        out
+    }
+
+    /// What was collected is on disk, or (`!ok`) is not and stays dirty.
+    pub(crate) fn finish(&self, collected: DirtyTables, ok: bool) {
+        for (slice, mask) in collected.slices {
+            self.cache.written(slice, mask, ok);
+        }
+        if !ok {
+            collected.l1.into_iter().for_each(|sector| self.l1.restore(sector));
+        }
+        self.wake();
+    }
+}
