@@ -53,7 +53,7 @@ pub use driver::{
     Opened, Prealloc, Registry, StatusFlags, Truncate, WriteFlags, ZeroFlags, not_supported,
 };
 pub use edge::RootOptions;
-pub use epoch::{Epochs, Stays, Ticket};
+pub use epoch::{Epochs, Stay, Stays, Ticket};
 pub use error::{BlockError, Errno, ErrorKind, Result};
 pub use events::{EventSink, GraphEvent, NodeEvents};
 pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};

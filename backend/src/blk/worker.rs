@@ -11,7 +11,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use graph::{NodeIo, Op, Path, Target, View};
+use graph::{NodeIo, Op, Path, Stays, Target, View};
 use host::{FastOp, Local, Source, SourceId};
 use ring::{Chain, Kick, Memory, Notifier, Part, Pinned, Slots, SplitConfig, SplitQueue};
 
@@ -43,6 +43,8 @@ struct InFlight {
     path: Path,
     /// Where in the last node of the path it went, bytes.
     leaf: u64,
+    /// The batch it was resolved in, as the grace periods of the nodes below count it ([`Inner::batch`]).
+    batch: Option<u8>,
 }
 
 /// A request that ended in this batch, to be accounted once the batch has its time stamp.
@@ -72,6 +74,8 @@ struct Inner {
     quiesced: bool,
     stopping: bool,
     broken: bool,
+    /// While a batch is being resolved: what its requests are counted under, where a node below counts them.
+    batch: Option<u8>,
     /// Entries were pushed and not published.
     unpublished: bool,
     /// Signal at the next publication whatever the driver says: after a start and after a new call descriptor.
@@ -143,6 +147,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
             quiesced,
             stopping: false,
             broken: false,
+            batch: None,
             unpublished: false,
             force_signal: true,
             ended: Vec::with_capacity(32),
@@ -348,7 +353,7 @@ impl QueueWorker {
     /// Starts the request in `slot`.
     #[inline]
     fn begin(&self, inner: &mut Inner, slot: u32, now: u64) -> Result<(), String> {
-        let Inner { slots, io, features, .. } = inner;
+        let Inner { slots, io, features, batch, .. } = inner;
         let Some((memory, chain, data)) = slots.parts(slot) else {
             return Err("a request without a slot".into());
         };
@@ -395,8 +400,15 @@ impl QueueWorker {
                     _ => (Part::Readable, FastOp::Writev { dsync: false }),
                 };
                 let Some(source) = self.source.get() else { return Err("a stopped queue".into()) };
-                if let Some(result) = slots.submit(slot, part, fast, &self.local, source, file, offset) {
-                    self.result(inner, slot, result);
+                data.batch = *batch;
+                match slots.submit(slot, part, fast, &self.local, source, file, offset) {
+                    Some(result) => self.result(inner, slot, result),
+                    // Under way for longer than its batch.
+                    None => {
+                        if let (Some(stays), Some(batch)) = (io.stays(), *batch) {
+                            stays.join(batch);
+                        }
+                    }
                 }
             }
             Target::Zero => {
@@ -520,6 +532,8 @@ impl Source for QueueWorker {
         // A handful of chains is unpacked before the first header is read: their lines, which another processor wrote,
         // are then on their way all at once.
         let mut group = [0; GROUP];
+        // One fence for all of them: what they look up stays where it is until they have ended.
+        inner.batch = inner.io.stays().map(Stays::enter);
         while error.is_none() {
             let mut taken = 0;
             for place in &mut group {
@@ -545,6 +559,11 @@ impl Source for QueueWorker {
                 break;
             }
         }
+        if let Some(batch) = inner.batch.take()
+            && let Some(stays) = inner.io.stays()
+        {
+            stays.leave(batch);
+        }
         drop(inner);
         self.local.note_requests(count);
         if let Some(why) = error {
@@ -556,6 +575,12 @@ impl Source for QueueWorker {
     fn complete(&self, slot: u32, result: i32) {
         let mut inner = self.inner.borrow_mut();
         if inner.slots.returned(slot) {
+            // The view is the one it was resolved in: it changes only with nothing in flight.
+            if let Some(batch) = inner.slots.get(slot).and_then(|s| s.data.batch)
+                && let Some(stays) = inner.io.stays()
+            {
+                stays.leave(batch);
+            }
             self.result(&mut inner, slot, result);
         }
     }

@@ -85,7 +85,9 @@ impl NodeIo {
         self.shared.stays.as_ref()
     }
 
-    pub(super) fn stay(&self) -> Option<Stay<'_>> {
+    /// Counts a request until the guard is dropped, for the grace periods of nodes below: for whoever calls
+    /// [`View::resolve`] and does the operation itself.
+    pub fn stay(&self) -> Option<Stay<'_>> {
         self.stays().map(Stays::stay)
     }
 

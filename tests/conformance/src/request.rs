@@ -75,6 +75,7 @@ impl Client {
     /// What the node says.
     pub async fn read(&self, offset: u64, len: u64) -> Answer<Vec<u8>> {
         let bufs = IoVecs::from_vec(vec![UNTOUCHED; len as usize]);
+        let _stay = self.io.stay();
         match self.resolve(Op::Read, offset, len)? {
             None => self.io.read(offset, &bufs).await.map_err(errno)?,
             Some(End::File(file, at)) => self.io.local().read(&file, &bufs, at).await.map_err(from_io)?,
@@ -90,6 +91,7 @@ impl Client {
     /// What the node says.
     pub async fn write(&self, offset: u64, data: &[u8], fua: bool) -> Answer<()> {
         let bufs = IoVecs::from_vec(data.to_vec());
+        let _stay = self.io.stay();
         match self.resolve(Op::Write, offset, data.len() as u64)? {
             None => {
                 let flags = if fua { WriteFlags::FUA } else { WriteFlags::empty() };
@@ -105,6 +107,7 @@ impl Client {
     /// # Errors
     /// What the node says.
     pub async fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> Answer<()> {
+        let _stay = self.io.stay();
         match self.resolve(Op::WriteZeroes, offset, len)? {
             None => self.io.write_zeroes(offset, len, flags).await.map_err(errno),
             Some(End::Done) => Ok(()),
@@ -117,6 +120,7 @@ impl Client {
     /// # Errors
     /// What the node says.
     pub async fn discard(&self, offset: u64, len: u64) -> Answer<()> {
+        let _stay = self.io.stay();
         match self.resolve(Op::Discard, offset, len)? {
             None => self.io.discard(offset, len).await.map_err(errno),
             Some(End::Done) => Ok(()),
@@ -129,6 +133,7 @@ impl Client {
     /// # Errors
     /// What the node says.
     pub async fn flush(&self) -> Answer<()> {
+        let _stay = self.io.stay();
         match self.resolve(Op::Flush, 0, 0)? {
             None => self.io.flush().await.map_err(errno),
             Some(End::File(file, _)) => self.io.local().fdatasync(&file).await.map_err(from_io),
