@@ -4,3 +4,5 @@
 
 #[allow(dead_code, unused_imports)]
 pub(crate) mod format;
+#[allow(dead_code)]
+pub(crate) mod codec;
