@@ -80,6 +80,15 @@ impl IoVecs {
         IoVecs::build(iov.into(), Some(keep))
     }
 
+    /// The parts one after the other. Shares their memory.
+    pub fn concat(parts: &[IoVecs]) -> IoVecs {
+        let mut iov = Vec::with_capacity(parts.iter().map(IoVecs::iov_count).sum());
+        for part in parts {
+            part.gather(usize::MAX, &mut iov);
+        }
+        IoVecs::build(iov.into(), Some(Rc::new(parts.to_vec())))
+    }
+
     /// The empty list.
     pub fn empty() -> IoVecs {
         IoVecs::build(Box::new([]), None)

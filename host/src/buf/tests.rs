@@ -106,3 +106,15 @@ fn views_outlive_the_list_and_count_their_pieces() {
     drop(l);
     assert_eq!(v.to_vec(), (5..25).collect::<Vec<u8>>());
 }
+
+#[test]
+fn parts_make_one_list() {
+    let a = IoVecs::from_vec(vec![1, 2, 3]);
+    let b = IoVecs::from_vec(vec![4, 5, 6, 7]);
+    let all = IoVecs::concat(&[a.slice(1, 2), IoVecs::empty(), b.slice(0, 3)]);
+    assert_eq!((all.len(), all.iov_count()), (5, 2));
+    assert_eq!(all.to_vec(), [2, 3, 4, 5, 6]);
+    drop((a, b));
+    all.slice(1, 3).copy_from(0, &[9, 9, 9]);
+    assert_eq!(all.to_vec(), [2, 9, 9, 9, 6], "the memory stays while the list does");
+}
