@@ -137,6 +137,8 @@ bitflags::bitflags! {
         const OFFSET_VALID = 0x08;
         /// The range reaches the end of the node.
         const EOF = 0x10;
+        /// The range is stored compressed; comes with DATA and without a location.
+        const COMPRESSED = 0x20;
     }
 }
 
@@ -414,6 +416,11 @@ pub trait Driver: Send + Sync + 'static {
         not_supported()
     }
 
+    /// Whether the image can hold snapshots.
+    fn supports_snapshots(&self) -> bool {
+        false
+    }
+
     /// The snapshots inside the image, in the order the image has them.
     fn snapshots(&self) -> Vec<SnapshotInfo> {
         Vec::new()
@@ -450,13 +457,18 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Whether a bitmap of this name and granularity (bytes) could be stored in the image.
+    /// Whether some kind of image of this driver can hold bitmaps.
+    fn supports_bitmaps(&self) -> bool {
+        false
+    }
+
+    /// Whether one more bitmap of this name and granularity (bytes) could be stored in this image, besides those in the
+    /// node's `BitmapSet` that are persistent already.
     ///
     /// # Errors
-    /// Why not.
-    fn make_bitmap_persistent_ok(&self, name: &str, _granularity: u32) -> Result<()> {
-        // QEMU's words, without its driver's name.
-        Err(BlockError::unsupported(format!("Cannot store dirty bitmap '{name}' in this node")))
+    /// Why not, without naming bitmap and node.
+    fn make_bitmap_persistent_ok(&self, _name: &str, _granularity: u32) -> Result<()> {
+        Err(BlockError::errno_only(Errno::ENOTSUP))
     }
 
     /// Stores the persistent bitmaps of the node's `BitmapSet` in the image. Drained by the caller; also called before

@@ -44,7 +44,9 @@ mod transaction;
 mod view;
 
 pub use bitmap::{Bitmap, BitmapSet};
+pub use control::bitmaps::{BitmapRef, NewBitmap};
 pub use control::query;
+pub use control::snapshots::SnapshotQuery;
 pub use control::{Change, FreezeGuard, Graph, MAX_NODES, Root};
 pub use create::{CreateContext, CreateDef, JobControl};
 pub use drain::{DrainGuard, NoSource, RequestSource};
@@ -60,7 +62,7 @@ pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};
 pub use image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
 pub use io::NodeIo;
 pub use node::Node;
-pub use options::{BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, parse_options};
+pub use options::{BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, Purpose, parse_options};
 pub use perm::{Perm, PermPair, default_child_perm};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};

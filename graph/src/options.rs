@@ -89,6 +89,18 @@ pub const COMMON_MEMBERS: [&str; 8] = [
     "detect-zeroes",
 ];
 
+/// What a node is opened for; not an option a user gives, but what a tool says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Purpose {
+    /// Requests.
+    #[default]
+    Use,
+    /// Telling what it is: nothing is opened but the image's own file, no key is needed, no data will be asked for.
+    Inspect,
+    /// Checking and repairing it: damaged images are let in, and nothing is repaired before it is asked for.
+    Check,
+}
+
 /// The options a node runs with, after defaults and inheritance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NodeOptions {
@@ -106,6 +118,8 @@ pub struct NodeOptions {
     pub no_flush: bool,
     /// Every user shares everything.
     pub force_share: bool,
+    /// What it is opened for; children are always opened for use.
+    pub purpose: Purpose,
 }
 
 impl CommonOptions {
@@ -142,6 +156,7 @@ impl CommonOptions {
             direct: cache.direct.unwrap_or(inherited.direct),
             no_flush: cache.no_flush.unwrap_or(inherited.no_flush),
             force_share: self.force_share.unwrap_or(inherited.force_share),
+            purpose: inherited.purpose,
         };
         if options.force_share && !options.read_only {
             return Err(BlockError::invalid("force-share=on can only be used with read-only images"));

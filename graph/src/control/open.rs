@@ -23,7 +23,7 @@ use crate::events::NodeEvents;
 use crate::ids::{EdgeId, NodeId, check_node_name};
 use crate::io::NodeIo;
 use crate::node::Node;
-use crate::options::{BlockdevRef, CommonOptions, DiscardOption, NodeOptions};
+use crate::options::{BlockdevRef, CommonOptions, DiscardOption, NodeOptions, Purpose};
 use crate::perm::{Perm, PermPair, default_child_perm};
 use crate::role::Roles;
 use crate::secret::Secret;
@@ -245,8 +245,16 @@ impl Graph {
     /// # Errors
     /// In QEMU's words, with nothing left behind.
     pub async fn blockdev_add(&self, options: Value) -> Result<()> {
+        self.blockdev_add_for(options, Purpose::Use).await
+    }
+
+    /// As [`Graph::blockdev_add`], for tools that want something else of the node than requests.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn blockdev_add_for(&self, options: Value, purpose: Purpose) -> Result<()> {
         self.reap().await;
-        let result = self.add_top(options).await;
+        let result = self.add_top(options, purpose).await;
         if result.is_err() {
             // Children that were opened for it are without users now.
             self.reap().await;
@@ -254,7 +262,7 @@ impl Graph {
         result
     }
 
-    async fn add_top(&self, options: Value) -> Result<()> {
+    async fn add_top(&self, options: Value, purpose: Purpose) -> Result<()> {
         let Value::Object(options) = options else {
             return Err(BlockError::invalid("Invalid parameter type for 'options', expected: object"));
         };
@@ -262,7 +270,8 @@ impl Graph {
         if options.contains_key("driver") && !options.contains_key("node-name") {
             return Err(BlockError::invalid("'node-name' must be specified for the root node"));
         }
-        let id = self.open_node(options, NodeOptions::default(), 0).await?;
+        let top = NodeOptions { purpose, ..NodeOptions::default() };
+        let id = self.open_node(options, top, 0).await?;
         let mut state = self.state_mut();
         for below in state.topological(&[id]) {
             if let Some(slot) = state.nodes.get_mut(&below) {

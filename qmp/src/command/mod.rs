@@ -357,10 +357,17 @@ impl<S: Clone + 'static> CommandTable<S> {
         text: &str,
         implied: &str,
     ) -> Result<HandlerFuture, QmpError> {
-        let command = self.get(name)?;
-        let (schema, ty) = command.args();
-        let args = options::parse_as(schema, ty, text, &Dialect::implied(implied))?;
-        Ok(run(command.handler.clone(), state, args))
+        let args = self.option_arguments(name, text, implied)?;
+        Ok(run(self.get(name)?.handler.clone(), state, args))
+    }
+
+    /// The arguments that [`CommandTable::call_option`] would call the command with: for tools that add to them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn option_arguments(&self, name: &str, text: &str, implied: &str) -> Result<Value, QmpError> {
+        let (schema, ty) = self.get(name)?.args();
+        options::parse_as(schema, ty, text, &Dialect::implied(implied))
     }
 
     fn get(&self, name: &str) -> Result<&Command<S>, QmpError> {
