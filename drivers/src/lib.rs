@@ -11,9 +11,10 @@
 use graph::DriverDef;
 
 mod file;
+mod luks;
 mod null;
 mod qcow2;
 mod raw;
 
 /// Every driver, in the order the reference lists them.
-pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, null::NULL_AIO, null::NULL_CO, raw::RAW];
+pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, raw::RAW];
