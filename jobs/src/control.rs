@@ -174,6 +174,21 @@ impl Control {
         }
     }
 
+    /// Whether a piece of work is under way.
+    pub fn is_active(&self) -> bool {
+        self.gate().active > 0
+    }
+
+    /// Wakes everybody who waits for a change: something else about the work has changed.
+    pub fn poke(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Ends when the next thing about this changes; create it before looking.
+    pub fn changed(&self) -> impl Future<Output = ()> + '_ {
+        self.changed.wait()
+    }
+
     /// Ends when no piece of work is under way.
     pub async fn idle(&self) {
         loop {
