@@ -306,8 +306,6 @@ pub struct DriverInfo {
     pub backing_file: Option<String>,
     /// The format of the backing file as it is written in the image.
     pub backing_format: Option<String>,
-    /// Snapshots inside the image.
-    pub snapshots: Vec<Value>,
     /// `format-specific` of the image information: `{"type": .., "data": ..}`.
     pub format_specific: Option<Value>,
     /// `driver-specific` of the statistics.

@@ -60,9 +60,11 @@ pub use error::{BlockError, Errno, ErrorKind, Result};
 pub use events::{EventSink, GraphEvent, NodeEvents};
 pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};
 pub use image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
-pub use io::NodeIo;
+pub use io::{ChainStatus, NodeIo};
 pub use node::Node;
-pub use options::{BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, Purpose, parse_options};
+pub use options::{
+    BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, Purpose, parse_options,
+};
 pub use perm::{Perm, PermPair, default_child_perm};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};

@@ -13,11 +13,13 @@ pub mod start;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use graph::{Graph, Registry};
+use graph::{Graph, GraphEvent, Registry};
 use host::exec::{MainExecutor, MainRemote};
 use host::{IoThread, IoThreadOptions};
 use qmp::QmpError;
-use qmp::event::{BlockErrorAction, BlockExportDeleted, BlockIoError, IoOperationType};
+use qmp::event::{
+    BlockErrorAction, BlockExportDeleted, BlockImageCorrupted, BlockIoError, IoOperationType,
+};
 
 use crate::blk::device::{ErrorSink, IoErrorReport};
 use crate::export::options::{ExportOptions, RemoveMode};
@@ -83,6 +85,14 @@ impl Daemon {
             me: me.clone(),
         });
         CURRENT.set(daemon.me.clone());
+        let remote: MainRemote = daemon.executor.remote();
+        daemon.graph.set_event_sink(Box::new(move |event| {
+            remote.post(move || {
+                if let Some(daemon) = current() {
+                    daemon.graph_event(event);
+                }
+            });
+        }));
         Ok(daemon)
     }
 
@@ -292,6 +302,19 @@ impl Host for Daemon {
 }
 
 impl Daemon {
+    fn graph_event(&self, event: GraphEvent) {
+        let bytes = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok());
+        match event {
+            GraphEvent::ImageCorrupted { node_name, msg, offset, size, fatal } => {
+                let node_name = Some(node_name);
+                let (offset, size) = (bytes(offset), bytes(size));
+                let device = String::new();
+                self.events.emit(&BlockImageCorrupted { device, node_name, msg, offset, size, fatal });
+            }
+            other => log::warn!("{other:?}"),
+        }
+    }
+
     fn io_error(&self, id: &str, report: IoErrorReport) {
         let node = self.exports.borrow().get(id).map(|e| e.info().node_name);
         self.events.emit(&BlockIoError {

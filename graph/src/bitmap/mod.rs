@@ -190,6 +190,20 @@ impl Bitmap {
         self.bits().count() << self.granularity.trailing_zeros()
     }
 
+    /// Whether [`Bitmap::merge`] would be refused.
+    ///
+    /// # Errors
+    /// The sizes differ.
+    pub fn check_merge(&self, other: &Bitmap) -> Result<()> {
+        let (into, from) = (self.size(), other.size());
+        if into == from {
+            return Ok(());
+        }
+        Err(BlockError::invalid(format!(
+            "Bitmaps are of different sizes (destination size is {into}, source size is {from}) and can't be merged"
+        )))
+    }
+
     /// Marks what `other` marks; granularities may differ.
     ///
     /// # Errors
@@ -198,11 +212,7 @@ impl Bitmap {
         if std::ptr::eq(self, other) {
             return Ok(());
         }
-        if self.size() != other.size() {
-            return Err(BlockError::invalid(
-                "Bitmaps are of different sizes (destination size is different)",
-            ));
-        }
+        self.check_merge(other)?;
         let (mut at, end) = (0, self.size());
         while let Some((offset, len)) = other.next_dirty(at, end, u64::MAX) {
             self.set(offset, len);

@@ -77,18 +77,51 @@ impl BitmapSet {
         !self.is_empty() && self.lock().iter().any(|b| b.recording())
     }
 
-    /// A change of the node's content at `offset` for `len` bytes has ended, well or not.
-    pub fn note_change(&self, offset: u64, len: u64) {
+    /// A change of the node's content at `offset` for `len` bytes has ended, well or not; the node is `size` bytes large now.
+    #[inline]
+    pub fn note_change(&self, offset: u64, len: u64, size: u64) {
         if !self.is_empty() {
-            self.lock().iter().filter(|b| b.recording()).for_each(|b| b.set(offset, len));
+            self.mark(offset, len, size);
         }
+    }
+
+    #[cold]
+    fn mark(&self, offset: u64, len: u64, size: u64) {
+        for bitmap in self.lock().iter() {
+            // A write past the end has made the node larger.
+            if bitmap.size() < size
+                && let Err(e) = bitmap.resize(size)
+            {
+                // What it cannot cover it cannot answer for.
+                log::error!("a bitmap is given up: {e}");
+                bitmap.set_inconsistent();
+            }
+            if bitmap.recording() {
+                bitmap.set(offset, len);
+            }
+        }
+    }
+
+    /// Those that shall be stored in the image.
+    pub fn persistent(&self) -> Vec<Arc<Bitmap>> {
+        if self.is_empty() {
+            return Vec::new();
+        }
+        self.lock().iter().filter(|b| b.persistent()).cloned().collect()
     }
 
     /// The node has another size.
     ///
     /// # Errors
-    /// One would become too large; those before it have changed.
+    /// One would become too large: it is inconsistent now.
     pub fn resize(&self, size: u64) -> Result<()> {
-        self.lock().iter().try_for_each(|b| b.resize(size))
+        let mut result = Ok(());
+        for bitmap in self.lock().iter().filter(|b| b.size() != size) {
+            if let Err(e) = bitmap.resize(size) {
+                bitmap.set_inconsistent();
+                result = Err(e);
+            }
+        }
+        result
     }
 }

@@ -62,7 +62,13 @@ impl Graph {
     async fn close_driver(&self, id: NodeId) {
         let result = self.on_iothread(id, |io| async move {
             let node = std::sync::Arc::clone(io.node()?);
-            let flushed = if node.options().read_only { Ok(()) } else { io.flush().await };
+            let mut flushed = Ok(());
+            if !node.options().read_only {
+                if !node.bitmaps().persistent().is_empty() {
+                    flushed = node.driver().store_bitmaps(&io).await;
+                }
+                flushed = io.flush().await.and(flushed);
+            }
             // Also after a failed flush: closing gives resources back.
             node.driver().close(&io).await.and(flushed)
         });

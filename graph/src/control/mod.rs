@@ -5,6 +5,7 @@
 //! not block: what waits is a future.
 
 mod attach;
+pub(crate) mod bitmaps;
 mod blockstats;
 pub(crate) mod change;
 mod delete;
@@ -13,6 +14,7 @@ pub(crate) mod open;
 pub(crate) mod perms;
 pub mod query;
 mod resize;
+pub(crate) mod snapshots;
 
 use std::cell::{Ref, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -224,7 +226,7 @@ impl State {
     }
 
     /// Gives every root above or below these nodes a view of the graph as it is now.
-    fn refresh_views(&self, touched: &[NodeId]) {
+    pub(crate) fn refresh_views(&self, touched: &[NodeId]) {
         let below = self.topological(touched);
         for root in self.roots_above(&below) {
             let edge =

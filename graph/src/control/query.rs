@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Graph, State};
+use crate::bitmap::BitmapSet;
 use crate::driver::DriverInfo;
 use crate::edge::Parent;
 use crate::ids::NodeId;
+use crate::image;
 use crate::options::DetectZeroes;
 use crate::perm::Perm;
 use crate::role::Roles;
@@ -27,6 +29,81 @@ pub struct BlockdevCacheInfo {
     pub direct: bool,
     /// True if flush requests are ignored for the device.
     pub no_flush: bool,
+}
+
+/// A snapshot inside an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotInfo {
+    /// Its id, unique inside the image.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Size of a saved machine, bytes.
+    pub vm_state_size: u64,
+    /// When it was made: UTC, seconds.
+    pub date_sec: u64,
+    /// And the rest, ns.
+    pub date_nsec: u64,
+    /// The guest's clock at that time, seconds.
+    pub vm_clock_sec: u64,
+    /// And the rest, ns.
+    pub vm_clock_nsec: u64,
+    /// The guest's instruction counter at that time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub icount: Option<u64>,
+}
+
+impl From<image::SnapshotInfo> for SnapshotInfo {
+    fn from(s: image::SnapshotInfo) -> SnapshotInfo {
+        const SECOND: u64 = 1_000_000_000;
+        SnapshotInfo {
+            id: s.id,
+            name: s.name,
+            vm_state_size: s.vm_state_size,
+            date_sec: s.date_sec.into(),
+            date_nsec: s.date_nsec.into(),
+            vm_clock_sec: s.vm_clock_nsec / SECOND,
+            vm_clock_nsec: s.vm_clock_nsec % SECOND,
+            icount: s.icount,
+        }
+    }
+}
+
+/// A dirty bitmap of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BlockDirtyInfo {
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Marked bytes.
+    pub count: u64,
+    /// Bytes one bit stands for.
+    pub granularity: u32,
+    /// True if changes are recorded.
+    pub recording: bool,
+    /// True if an operation uses it.
+    pub busy: bool,
+    /// True if it is kept in the image.
+    pub persistent: bool,
+    /// True if its content is not known; it can only be removed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inconsistent: Option<bool>,
+}
+
+/// A node's bitmaps, the youngest first as in QEMU; `None` without any.
+fn dirty_bitmaps(set: &BitmapSet) -> Option<Vec<BlockDirtyInfo>> {
+    let list = set.list();
+    let infos = list.iter().rev().map(|b| BlockDirtyInfo {
+        name: Some(b.name().to_owned()),
+        count: b.count(),
+        granularity: b.granularity(),
+        recording: b.recording(),
+        busy: b.busy(),
+        persistent: b.persistent(),
+        inconsistent: b.inconsistent().then_some(true),
+    });
+    (!list.is_empty()).then(|| infos.collect())
 }
 
 /// Information about an image.
@@ -62,7 +139,7 @@ pub struct ImageInfo {
     pub backing_filename_format: Option<String>,
     /// Snapshots inside the image.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
-    pub snapshots: Vec<Value>,
+    pub snapshots: Vec<SnapshotInfo>,
     /// The same of the backing file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backing_image: Option<Box<ImageInfo>>,
@@ -112,6 +189,9 @@ pub struct BlockDeviceInfo {
     pub cache: BlockdevCacheInfo,
     /// Write threshold, bytes; 0 if off.
     pub write_threshold: u64,
+    /// The dirty bitmaps.
+    #[serde(rename = "dirty-bitmaps", skip_serializing_if = "Option::is_none")]
+    pub dirty_bitmaps: Option<Vec<BlockDirtyInfo>>,
 }
 
 /// A permission by its name on the wire.
@@ -256,7 +336,7 @@ impl State {
             full_backing_filename: info.backing_file.as_ref().and(full),
             backing_filename: info.backing_file,
             backing_filename_format: info.backing_format,
-            snapshots: info.snapshots,
+            snapshots: slot.node.driver().snapshots().into_iter().map(SnapshotInfo::from).collect(),
             backing_image: backing_image.map(Box::new),
             format_specific: info.format_specific,
         })
@@ -292,6 +372,7 @@ impl State {
             image,
             cache: BlockdevCacheInfo { writeback: true, direct: options.direct, no_flush: options.no_flush },
             write_threshold: 0,
+            dirty_bitmaps: dirty_bitmaps(slot.node.bitmaps()),
         })
     }
 }

@@ -48,6 +48,13 @@ impl Graph {
         let roots = {
             let state = self.state();
             tell_parents(&state, &[changed]);
+            for id in state.above(changed) {
+                if let Ok(slot) = state.slot(id)
+                    && let Err(e) = slot.node.bitmaps().resize(slot.node.size())
+                {
+                    log::error!("node '{}': {e}", slot.node.name());
+                }
+            }
             state.refresh_views(&[changed]);
             state.roots_above(&[changed])
         };

@@ -6,6 +6,7 @@
 
 mod read;
 mod status;
+pub use status::ChainStatus;
 pub(crate) mod tracked;
 mod write;
 mod zero;
@@ -157,6 +158,9 @@ impl NodeIo {
     pub async fn write(&self, offset: u64, bufs: &IoVecs, flags: crate::driver::WriteFlags) -> Result<()> {
         let len = bufs.len() as u64;
         let result = self.accounted(Op::Write, len, self.write_unaccounted(offset, bufs, flags)).await;
+        if !flags.contains(crate::driver::WriteFlags::UNCHANGED) {
+            self.note_change(offset, len);
+        }
         if result.is_ok() {
             self.shared.shards.note_write_end(self.index, offset + len);
         }
@@ -170,10 +174,18 @@ impl NodeIo {
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: crate::driver::ZeroFlags) -> Result<()> {
         let result =
             self.accounted(Op::WriteZeroes, len, self.write_zeroes_unaccounted(offset, len, flags)).await;
+        self.note_change(offset, len);
         if result.is_ok() {
             self.shared.shards.note_write_end(self.index, offset.saturating_add(len));
         }
         result
+    }
+
+    /// Marks what has changed in the node's bitmaps; also after a failure, which may have changed a part.
+    fn note_change(&self, offset: u64, len: u64) {
+        if let Ok(node) = self.node() {
+            node.bitmaps().note_change(offset, len, node.size());
+        }
     }
 
     /// Gives a range up. Succeeds and does nothing where discards are ignored or unknown.
@@ -181,7 +193,9 @@ impl NodeIo {
     /// # Errors
     /// As [`NodeIo::write`].
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.accounted(Op::Discard, len, self.discard_unaccounted(offset, len)).await
+        let result = self.accounted(Op::Discard, len, self.discard_unaccounted(offset, len)).await;
+        self.note_change(offset, len);
+        result
     }
 
     /// Makes everything completed before durable. Once a protocol node has failed to, it keeps failing: what the

@@ -28,6 +28,9 @@ impl NodeIo {
         if len == 0 {
             return Ok(());
         }
+        if flags.contains(WriteFlags::COMPRESSED) {
+            return self.write_compressed(node, offset, bufs, flags).await;
+        }
         let align = u64::from(node.limits().request_alignment);
         let misaligned = !(offset | len).is_multiple_of(align);
         let serialising = misaligned || flags.contains(WriteFlags::SERIALISING);
@@ -44,6 +47,26 @@ impl NodeIo {
             }
         }
         self.write_tracked(node, offset, bufs, flags).await
+    }
+
+    /// One compressed cluster, as a whole: cut up or padded it would be something else.
+    async fn write_compressed(
+        &self,
+        node: &ViewNode,
+        offset: u64,
+        bufs: &IoVecs,
+        flags: WriteFlags,
+    ) -> Result<()> {
+        let driver = node.node().driver();
+        if !driver.supports_compressed() {
+            return Err(Errno::ENOTSUP.into());
+        }
+        let serialising = flags.contains(WriteFlags::SERIALISING);
+        let _token = self.track(node, offset, bufs.len() as u64, serialising).await;
+        let flush_after = flags.contains(WriteFlags::FUA) && !driver.supports_fua();
+        let flags = if flush_after { flags - WriteFlags::FUA } else { flags } - WriteFlags::SERIALISING;
+        driver.write(self, offset, bufs, flags).await?;
+        if flush_after { self.flush_unaccounted().await } else { Ok(()) }
     }
 
     /// Enters the tracker with the blocks a write touches. Nodes that take any byte have no blocks to share; only an

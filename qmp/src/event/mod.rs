@@ -216,6 +216,32 @@ pub enum BlockErrorAction {
     Stop,
 }
 
+/// `BLOCK_IMAGE_CORRUPTED`: an image was found damaged.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockImageCorrupted {
+    /// Kept for QEMU's clients: empty.
+    pub device: String,
+    /// The node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_name: Option<String>,
+    /// What is wrong, for people; may change.
+    pub msg: String,
+    /// Where in the image it was found, bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<i64>,
+    /// How much of the image it is about, bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<i64>,
+    /// If true the image is marked as corrupt and takes no requests any more until it is repaired.
+    pub fatal: bool,
+}
+
+impl Event for BlockImageCorrupted {
+    const NAME: &'static str = "BLOCK_IMAGE_CORRUPTED";
+    const DOC: &'static str = "Sent when an image contradicts itself.";
+}
+
 /// `BLOCK_IO_ERROR`: a request of a guest failed.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

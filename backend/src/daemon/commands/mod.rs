@@ -1,9 +1,11 @@
 //! The commands of the control channel, by family. Each is a few lines between its argument struct and the subject that
 //! does the work. The command line applies its options through the same table.
 
+mod bitmap;
 mod block;
 mod export;
 mod object;
+mod snapshot;
 
 use std::rc::Rc;
 
@@ -20,6 +22,8 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     block::register(&mut commands, registry);
     export::register(&mut commands);
     object::register(&mut commands);
+    bitmap::register(&mut commands);
+    snapshot::register(&mut commands);
     commands.finish()
 }
 
