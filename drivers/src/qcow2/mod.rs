@@ -1,8 +1,43 @@
 //! `qcow2`: QEMU's image format, versions 2 and 3.
 //!
-//! Being built from the inside out: the on-disk format first.
+//! Memory is the truth while an image is open; the disk follows in commits that leave it consistent at every point of a crash.
+//!
+//! | folder | subject |
+//! |---|---|
+//! | `format/` | the format on disk, as pure functions |
+//! | `open.rs`, `settings.rs`, `options.rs`, `crypt.rs` | opening |
+//! | `node.rs` | the open image |
+//! | `table/` | where guest data lies: L1 and L2 in memory |
+//! | `io/` | requests |
+//! | `alloc/` | host clusters |
+//! | `commit/` | the order in which changes reach the disk |
+//! | `check/` | checking and repairing |
+//! | `codec.rs` | compressed clusters |
+//!
+//! Called by the graph; must not reach anything but its children.
 
-#[allow(dead_code, unused_imports)]
-pub(crate) mod format;
-#[allow(dead_code)]
+mod alloc;
+pub(crate) mod check;
 pub(crate) mod codec;
+mod commit;
+mod crypt;
+pub(crate) mod format;
+mod io;
+mod node;
+mod open;
+mod options;
+mod settings;
+mod table;
+
+use graph::{DriverDef, DriverKind};
+
+use options::Qcow2Options;
+
+/// `qcow2`.
+pub(crate) const QCOW2: DriverDef = DriverDef {
+    name: "qcow2",
+    kind: DriverKind::Format,
+    schema: || schemars::schema_for!(Qcow2Options),
+    open: |cx, value| Box::pin(open::open(cx, value)),
+    create: None,
+};

@@ -1,0 +1,108 @@
+//! How often each host cluster is referred to: counters that exist only where something is counted.
+//!
+//! Filled while the tables are walked, compared with the refcounts on disk afterwards. A hostile image decides which
+//! clusters are counted, so the memory has a limit.
+
+use std::collections::BTreeMap;
+
+use crate::qcow2::format::refcount;
+
+/// Counters of one chunk.
+const CHUNK: u64 = 4096;
+
+/// More distinct places are referred to than the memory for counters allows.
+#[derive(Debug)]
+pub(super) struct Full;
+
+/// Sparse counters. A counter is as wide as a refcount of the image, at least 8 and at most 32 bits.
+pub(super) struct Counts {
+    chunks: BTreeMap<u64, Box<[u8]>>,
+    order: u32,
+    max: u64,
+    bytes: u64,
+    budget: u64,
+}
+
+impl Counts {
+    /// For refcounts of `1 << order` bits; at most `budget` bytes.
+    pub(super) fn new(order: u32, budget: u64) -> Counts {
+        let max = refcount::max(order).min(refcount::max(5));
+        Counts { chunks: BTreeMap::new(), order: order.clamp(3, 5), max, bytes: 0, budget }
+    }
+
+    /// Everything back to 0.
+    pub(super) fn clear(&mut self) {
+        self.chunks.clear();
+        self.bytes = 0;
+    }
+
+    pub(super) fn get(&self, cluster: u64) -> u64 {
+        self.chunks
+            .get(&(cluster / CHUNK))
+            .map_or(0, |c| refcount::get(c, self.order, (cluster % CHUNK) as usize))
+    }
+
+    /// One more; `Ok(false)`: the counter is at the largest refcount the image can store and stays there.
+    pub(super) fn add(&mut self, cluster: u64) -> Result<bool, Full> {
+        let now = self.get(cluster);
+        if now >= self.max {
+            return Ok(false);
+        }
+        self.set(cluster, now + 1)?;
+        Ok(true)
+    }
+
+    pub(super) fn set(&mut self, cluster: u64, value: u64) -> Result<(), Full> {
+        let len = CHUNK << (self.order - 3);
+        // A chunk, its node's share of the tree.
+        let cost = len + 64;
+        let index = cluster / CHUNK;
+        let chunk = match self.chunks.entry(index) {
+            std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
+            std::collections::btree_map::Entry::Vacant(e) => {
+                if self.bytes + cost > self.budget {
+                    return Err(Full);
+                }
+                self.bytes += cost;
+                e.insert(vec![0; len as usize].into_boxed_slice())
+            }
+        };
+        refcount::set(chunk, self.order, (cluster % CHUNK) as usize, value);
+        Ok(())
+    }
+
+    /// Whether nothing in `[cluster, cluster + n)` is counted; may say no although.
+    pub(super) fn untouched(&self, cluster: u64, n: u64) -> bool {
+        let last = cluster.saturating_add(n.max(1) - 1) / CHUNK;
+        self.chunks.range(cluster / CHUNK..=last).next().is_none()
+    }
+
+    /// The counted clusters in ascending order.
+    pub(super) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let order = self.order;
+        self.chunks.iter().flat_map(move |(index, chunk)| {
+            let first = index * CHUNK;
+            (0..CHUNK).filter_map(move |i| {
+                let n = refcount::get(chunk, order, i as usize);
+                (n != 0).then_some((first + i, n))
+            })
+        })
+    }
+
+    /// First cluster of the lowest run of `n` that nobody refers to, at or above `from`.
+    pub(super) fn free_run(&self, from: u64, n: u64) -> u64 {
+        let mut start = from;
+        let mut at = from;
+        while at - start < n {
+            if self.untouched(at, 1) {
+                at = (at / CHUNK + 1) * CHUNK;
+                continue;
+            }
+            if self.get(at) != 0 {
+                start = at + 1;
+            }
+            at += 1;
+        }
+        start
+    }
+}

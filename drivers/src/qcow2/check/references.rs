@@ -1,0 +1,298 @@
+//! Counting what refers to which host cluster: header, L1 and L2 tables, and everything else that has a place.
+//!
+//! First half of a check. Repairs only what cannot wait for the comparison: L2 entries that point nowhere sensible, and a
+//! refcount block past the end of the file.
+
+use graph::{BlockError, CheckFix, Errno};
+
+use super::{Checker, Storage};
+use crate::qcow2::format::entry::{L1_RESERVED, L2_RESERVED, compressed_range};
+use crate::qcow2::format::{COMPRESSED, COPIED, L1Entry, MAX_L1_BYTES, OFFSET_MASK, SubBitmap, ZERO, be64};
+
+/// How a table of the guest's mapping is looked at.
+#[derive(Clone, Copy)]
+struct Walk {
+    /// The active one: its clusters are counted for the fragmentation figures.
+    active: bool,
+    fix: CheckFix,
+}
+
+/// What an L2 entry is to the checker; nothing is refused here.
+enum Kind {
+    Compressed,
+    /// Data, or zeroes with a place.
+    Placed,
+    ZeroPlain,
+    Unallocated,
+}
+
+impl<S: Storage> Checker<'_, S> {
+    /// Counts everything that refers to a host cluster.
+    pub(super) async fn count_references(&mut self, fix: CheckFix) -> Result<(), BlockError> {
+        let cluster = self.geo.cluster_size();
+        self.refer(0, cluster)?;
+        self.walk_active(fix).await?;
+        self.walk_snapshots(fix).await?;
+        self.refer(self.header.snapshots_offset, self.snapshots_bytes)?;
+        if let Some(crypto) = self.header.crypto {
+            self.refer(crypto.offset, crypto.length)?;
+        }
+        self.count_bitmaps().await?;
+        self.refer(self.header.reftable_offset, self.header.reftable_bytes())?;
+        self.check_blocks(fix).await
+    }
+
+    /// One more reference to every cluster of a range.
+    pub(super) fn refer(&mut self, offset: u64, size: u64) -> Result<(), BlockError> {
+        if size == 0 {
+            return Ok(());
+        }
+        let cluster = self.geo.cluster_size();
+        // The last cluster of a file may be there in part.
+        let end = offset.checked_add(size).filter(|&end| end <= i64::MAX as u64);
+        let over = end.is_none_or(|end| end >= self.file_len().saturating_add(cluster));
+        let Some(end) = end.filter(|_| !over) else {
+            self.say(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {size:#x}"
+            ));
+            self.report.corruptions += 1;
+            return Ok(());
+        };
+        let bits = self.geo.cluster_bits();
+        for k in offset >> bits..=(end - 1) >> bits {
+            match self.counts.add(k) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.say(format!("ERROR: overflow cluster offset={:#x}", k << bits));
+                    self.say(
+                        "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy if the image cannot be opened for writing".into(),
+                    );
+                    self.report.corruptions += 1;
+                }
+                Err(_) => return Err(self.full()),
+            }
+            self.clusters = self.clusters.max(k + 1);
+        }
+        Ok(())
+    }
+
+    async fn walk_active(&mut self, fix: CheckFix) -> Result<(), BlockError> {
+        self.refer(self.header.l1_offset, self.header.l1_bytes())?;
+        let walk = Walk { active: true, fix };
+        for i in 0..self.l1.len() {
+            if let Some(&entry) = self.l1.get(i) {
+                self.walk_l1_entry(entry, walk).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn walk_snapshots(&mut self, fix: CheckFix) -> Result<(), BlockError> {
+        if self.header.has_data_file() && !self.snapshots.is_empty() {
+            self.say(format!("ERROR {} snapshots in image with data file", self.snapshots.len()));
+            self.report.corruptions += 1;
+        }
+        for i in 0..self.snapshots.len() {
+            let s = &self.snapshots[i];
+            let (offset, entries) = (s.l1_offset, s.l1_size);
+            let who = format!("{} ({})", String::from_utf8_lossy(&s.id), String::from_utf8_lossy(&s.name));
+            if self.geo.in_cluster(offset) != 0 {
+                self.say(format!(
+                    "ERROR snapshot {who} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+                ));
+                self.report.corruptions += 1;
+            } else if u64::from(entries) > MAX_L1_BYTES / 8 {
+                self.say(format!(
+                    "ERROR snapshot {who} l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
+                ));
+                self.report.corruptions += 1;
+            } else {
+                self.walk_snapshot_l1(offset, entries, fix).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn walk_snapshot_l1(&mut self, offset: u64, entries: u32, fix: CheckFix) -> Result<(), BlockError> {
+        self.refer(offset, u64::from(entries) * 8)?;
+        if offset > i64::MAX as u64 - MAX_L1_BYTES {
+            self.report.check_errors += 1;
+            self.say("ERROR: I/O error in check_refcounts_l1".into());
+            return Err(Errno::EIO.into());
+        }
+        let table = match super::read_words(self.storage, offset, entries as usize).await {
+            Ok(table) => table,
+            Err(e) => {
+                self.report.check_errors += 1;
+                self.say("ERROR: I/O error in check_refcounts_l1".into());
+                return Err(e);
+            }
+        };
+        for word in table {
+            self.walk_l1_entry(L1Entry(word), Walk { active: false, fix }).await?;
+        }
+        Ok(())
+    }
+
+    async fn walk_l1_entry(&mut self, entry: L1Entry, walk: Walk) -> Result<(), BlockError> {
+        if entry.0 == 0 {
+            return Ok(());
+        }
+        if entry.0 & L1_RESERVED != 0 {
+            self.say(format!("ERROR found L1 entry with reserved bits set: {:x}", entry.0));
+            self.report.corruptions += 1;
+        }
+        let table = entry.offset();
+        self.refer(table, self.geo.cluster_size())?;
+        if self.geo.in_cluster(table) != 0 {
+            self.say(format!("ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"));
+            self.report.corruptions += 1;
+        }
+        self.walk_l2(table, walk).await
+    }
+
+    async fn walk_l2(&mut self, table: u64, walk: Walk) -> Result<(), BlockError> {
+        let mut bytes = vec![0; self.geo.cluster_size() as usize];
+        if let Err(e) = self.storage.read(table, &mut bytes).await {
+            self.report.check_errors += 1;
+            self.say("ERROR: I/O error in check_refcounts_l2".into());
+            return Err(e);
+        }
+        let size = self.geo.l2_entry_size() as usize;
+        let mut expected = 0;
+        for i in 0..self.geo.l2_entries() as usize {
+            let word = be64(&bytes, i * size).unwrap_or(0);
+            let bitmap = if size == 16 { be64(&bytes, i * size + 8).unwrap_or(0) } else { 0 };
+            if word != 0 || bitmap != 0 {
+                let at = (table + (i * size) as u64, i as u64);
+                self.l2_entry(at, word, SubBitmap(bitmap), &mut expected, walk).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn kind(&self, word: u64) -> Kind {
+        if word & COMPRESSED != 0 {
+            return Kind::Compressed;
+        }
+        let placed = word & OFFSET_MASK != 0;
+        if word & ZERO != 0 && !self.geo.extended_l2() {
+            return if placed || (self.geo.data_file() && word & COPIED != 0) {
+                Kind::Placed
+            } else {
+                Kind::ZeroPlain
+            };
+        }
+        if placed || (self.geo.data_file() && word & COPIED != 0) { Kind::Placed } else { Kind::Unallocated }
+    }
+
+    /// `at` is the entry's place and its index; `expected` where the next cluster lies if it is not a fragment.
+    async fn l2_entry(
+        &mut self,
+        (place, index): (u64, u64),
+        mut word: u64,
+        bitmap: SubBitmap,
+        expected: &mut u64,
+        walk: Walk,
+    ) -> Result<(), BlockError> {
+        let kind = self.kind(word);
+        if !matches!(kind, Kind::Compressed) && word & L2_RESERVED != 0 {
+            self.say(format!("ERROR found l2 entry with reserved bits set: {word:x}"));
+            self.report.corruptions += 1;
+        }
+        match kind {
+            Kind::ZeroPlain => Ok(()),
+            Kind::Compressed => {
+                if word & COPIED != 0 {
+                    let offset = word & self.geo.compressed_offset_mask();
+                    self.say(format!(
+                        "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
+                    ));
+                    word &= !COPIED;
+                    self.report.corruptions += 1;
+                }
+                self.compressed(index, word, bitmap, walk)
+            }
+            Kind::Unallocated => {
+                if bitmap.allocated() != 0 {
+                    self.report.corruptions += 1;
+                    self.say("ERROR: Unallocated cluster has non-zero subcluster allocation map".into());
+                    if walk.fix.errors {
+                        self.zero_l2_entry(place, bitmap).await?;
+                    }
+                }
+                Ok(())
+            }
+            Kind::Placed => self.placed(place, word, bitmap, expected, walk).await,
+        }
+    }
+
+    fn compressed(&mut self, index: u64, word: u64, bitmap: SubBitmap, walk: Walk) -> Result<(), BlockError> {
+        if self.header.has_data_file() {
+            self.say(format!("ERROR compressed cluster {index} with data file, entry={word:#x}"));
+            self.report.corruptions += 1;
+            return Ok(());
+        }
+        if bitmap.0 != 0 {
+            self.say(format!(
+                "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={word:#x}"
+            ));
+            self.report.corruptions += 1;
+            return Ok(());
+        }
+        let (offset, len) = compressed_range(word, self.geo);
+        self.refer(offset, len)?;
+        if walk.active {
+            self.report.allocated_clusters += 1;
+            self.report.compressed_clusters += 1;
+            self.report.fragmented_clusters += 1;
+        }
+        Ok(())
+    }
+
+    async fn placed(
+        &mut self,
+        place: u64,
+        word: u64,
+        bitmap: SubBitmap,
+        expected: &mut u64,
+        walk: Walk,
+    ) -> Result<(), BlockError> {
+        let offset = word & OFFSET_MASK;
+        if bitmap.allocated() & bitmap.zero() != 0 {
+            self.report.corruptions += 1;
+            self.say(format!(
+                "ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+            ));
+            if walk.fix.errors {
+                self.zero_l2_entry(place, bitmap).await?;
+            }
+            return Ok(());
+        }
+        if self.geo.in_cluster(offset) != 0 {
+            self.report.corruptions += 1;
+            let data = if self.geo.extended_l2() { bitmap.allocated() != 0 } else { word & ZERO == 0 };
+            if data {
+                self.say(format!(
+                    "ERROR offset={offset:x}: Data cluster is not properly aligned; L2 entry corrupted."
+                ));
+            } else {
+                let verb = if walk.fix.errors { "Repairing" } else { "ERROR" };
+                self.say(format!(
+                    "{verb} offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+                ));
+                if walk.fix.errors && self.zero_l2_entry(place, bitmap).await? {
+                    return Ok(());
+                }
+            }
+        }
+        if walk.active {
+            self.report.allocated_clusters += 1;
+            if *expected != 0 && offset != *expected {
+                self.report.fragmented_clusters += 1;
+            }
+            *expected = offset + self.geo.cluster_size();
+        }
+        if self.header.has_data_file() { Ok(()) } else { self.refer(offset, self.geo.cluster_size()) }
+    }
+}
