@@ -18,6 +18,7 @@
 //! splitting, zero detection, statistics.
 //!
 //! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`,
+//! `pins::Pins::claims`,
 //! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::list` (and in it `bitmap::Bitmap::bits`).
 
 #![forbid(unsafe_code)]
@@ -37,6 +38,7 @@ mod io;
 mod node;
 pub mod options;
 pub mod perm;
+mod pins;
 mod role;
 mod secret;
 pub mod stats;
@@ -66,6 +68,7 @@ pub use options::{
     BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, Purpose, parse_options,
 };
 pub use perm::{Perm, PermPair, default_child_perm};
+pub use pins::{Pin, Pins};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};
 pub use stats::ShardSet;

@@ -14,6 +14,7 @@ use crate::error::Errno;
 use crate::ids::NodeId;
 use crate::io::tracked::Tracker;
 use crate::options::NodeOptions;
+use crate::pins::Pins;
 use crate::stats::NodeStats;
 
 /// A node of the graph.
@@ -27,6 +28,7 @@ pub struct Node {
     tracker: Tracker,
     stats: NodeStats,
     bitmaps: Arc<BitmapSet>,
+    pins: Arc<Pins>,
     /// Of a driver that asked for them.
     epochs: Option<Arc<Epochs>>,
     /// Number of the first flush that failed, 0 for none.
@@ -54,6 +56,7 @@ impl Node {
             tracker: Tracker::default(),
             stats: NodeStats::default(),
             bitmaps,
+            pins: Arc::default(),
             epochs,
             flush_error: AtomicI32::new(0),
         }
@@ -102,6 +105,11 @@ impl Node {
     /// Its dirty bitmaps.
     pub fn bitmaps(&self) -> &Arc<BitmapSet> {
         &self.bitmaps
+    }
+
+    /// Claims of the nodes above on parts of this one's content.
+    pub fn pins(&self) -> &Arc<Pins> {
+        &self.pins
     }
 
     /// The grace periods of requests that may use this node's mappings, where its driver asked for them.
