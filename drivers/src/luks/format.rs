@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::cipher::SectorCipher;
 use super::header::{DIGEST_LEN, Header, MATERIAL, Place, SALT_LEN, SLOTS, STRIPES, Slot, material_sectors};
 use super::spec::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvGen};
-use super::volume::{UNLOCK_LIMIT, Volume};
+use super::volume::UNLOCK_LIMIT;
 use super::{SECTOR, af};
 
 /// Fewest PBKDF2 rounds, however slow the machine.
@@ -106,9 +106,6 @@ pub(crate) struct Created {
     pub(crate) bytes: Vec<u8>,
     /// Length of the header area, bytes.
     pub(crate) area_len: u64,
-    /// The volume, unlocked: for who goes on writing data at once.
-    #[allow(dead_code, reason = "encrypted qcow2 images are created with data in them")]
-    pub(crate) volume: Volume,
 }
 
 /// Makes keys and a header whose first slot opens with `passphrase`. Computes for seconds.
@@ -159,8 +156,7 @@ pub(crate) fn create(params: &LuksParams, passphrase: &Secret, place: Place) -> 
     let mut bytes = header.serialise().to_vec();
     bytes.resize(MATERIAL as usize, 0);
     bytes.extend_from_slice(&stripes);
-    let cipher = SectorCipher::new(&spec, &key)?;
-    Ok(Created { bytes, area_len, volume: Volume::new(cipher, header, place) })
+    Ok(Created { bytes, area_len })
 }
 
 fn random(to: &mut [u8]) -> Result<()> {

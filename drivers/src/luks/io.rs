@@ -13,7 +13,7 @@ use graph::{
 use host::IoVecs;
 use serde_json::json;
 
-use super::{FILE, Luks, SECTOR};
+use super::{FILE, Luks, SECTOR, Volume};
 
 /// Largest buffer of a request, bytes.
 const PIECE: usize = 1 << 20;
@@ -21,6 +21,13 @@ const PIECE: usize = 1 << 20;
 const SCRATCH: usize = 16 << 10;
 
 impl Luks {
+    /// The key, without which there is nothing to read or write.
+    fn volume(&self) -> Result<&Arc<Volume>> {
+        self.volume
+            .as_ref()
+            .ok_or_else(|| BlockError::new(Errno::EIO, "The image was opened without its key"))
+    }
+
     /// Where a range lies in the child.
     fn at(&self, offset: u64, len: u64) -> std::result::Result<u64, Errno> {
         let at = offset.checked_add(self.payload).ok_or(Errno::EFBIG)?;
@@ -29,7 +36,7 @@ impl Luks {
     }
 
     async fn read_pieces(&self, io: &NodeIo, offset: u64, bufs: &IoVecs) -> Result<()> {
-        let child = io.child(FILE);
+        let (child, volume) = (io.child(FILE), self.volume()?);
         let mut done = 0;
         while done < bufs.len() {
             let len = (bufs.len() - done).min(PIECE);
@@ -38,15 +45,15 @@ impl Luks {
             child.read(self.at(at, len as u64)?, &buffer).await?;
             let to = bufs.slice(done, len);
             let sector = at / SECTOR as u64;
-            if len >= self.volume.offload_from() {
-                let data = self.volume.decrypt_on(io.local(), sector, buffer.to_vec()).await;
+            if len >= volume.offload_from() {
+                let data = volume.decrypt_on(io.local(), sector, buffer.to_vec()).await;
                 to.copy_from(0, &data);
             } else {
                 let mut scratch = vec![0; len.min(SCRATCH)];
                 for start in (0..len).step_by(SCRATCH) {
                     let part = &mut scratch[..(len - start).min(SCRATCH)];
                     buffer.copy_to(start, part);
-                    self.volume.decrypt(sector + (start / SECTOR) as u64, part);
+                    volume.decrypt(sector + (start / SECTOR) as u64, part);
                     to.copy_from(start, part);
                 }
             }
@@ -56,7 +63,7 @@ impl Luks {
     }
 
     async fn write_pieces(&self, io: &NodeIo, offset: u64, bufs: &IoVecs, flags: WriteFlags) -> Result<()> {
-        let child = io.child(FILE);
+        let (child, volume) = (io.child(FILE), self.volume()?);
         let mut done = 0;
         while done < bufs.len() {
             let len = (bufs.len() - done).min(PIECE);
@@ -65,15 +72,15 @@ impl Luks {
             let buffer = IoVecs::alloc(len, mem_align(&child))?;
             let from = bufs.slice(done, len);
             let sector = at / SECTOR as u64;
-            if len >= self.volume.offload_from() {
-                let data = self.volume.encrypt_on(io.local(), sector, from.to_vec()).await;
+            if len >= volume.offload_from() {
+                let data = volume.encrypt_on(io.local(), sector, from.to_vec()).await;
                 buffer.copy_from(0, &data);
             } else {
                 let mut scratch = vec![0; len.min(SCRATCH)];
                 for start in (0..len).step_by(SCRATCH) {
                     let part = &mut scratch[..(len - start).min(SCRATCH)];
                     from.copy_to(start, part);
-                    self.volume.encrypt(sector + (start / SECTOR) as u64, part);
+                    volume.encrypt(sector + (start / SECTOR) as u64, part);
                     buffer.copy_from(start, part);
                 }
             }
@@ -199,7 +206,7 @@ impl Driver for Luks {
     }
 
     fn info(&self) -> DriverInfo {
-        let specific = json!({"type": "luks", "data": self.volume.info()});
+        let specific = json!({"type": "luks", "data": self.info});
         DriverInfo {
             supports_fua: true,
             encrypted: true,

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use graph::{CreateDef, DriverDef, DriverKind};
+use serde_json::{Map, Value};
 
 mod af;
 mod cipher;
@@ -31,7 +32,8 @@ pub(crate) mod spec;
 mod tests;
 pub(crate) mod volume;
 
-pub(crate) use volume::Volume;
+pub(crate) use header::Place;
+pub(crate) use volume::{Loaded, Volume};
 
 /// Bytes that are encrypted as one, with one IV.
 pub(crate) const SECTOR: usize = 512;
@@ -53,7 +55,10 @@ pub(crate) const LUKS: DriverDef = DriverDef {
 
 /// A LUKS node.
 struct Luks {
-    volume: Arc<Volume>,
+    /// `None`: opened to be looked at, without a key.
+    volume: Option<Arc<Volume>>,
+    /// `format-specific` of the image information.
+    info: Map<String, Value>,
     /// Where the data begins in the child, bytes; a multiple of 512.
     payload: u64,
     /// Size of the child as of the last we heard (`child_changed`, own writes), bytes.

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use graph::options::parse_options;
+use graph::options::{Purpose, parse_options};
 use graph::{BlockError, OpenContext, Opened, Result, Roles};
 use serde_json::Value;
 
@@ -22,10 +22,11 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         Some(header) => (cx.open_child("header", Roles::METADATA, header).await?, Place::Detached),
         None => (FILE, Place::Attached),
     };
-    let id = options
-        .key_secret
-        .ok_or_else(|| BlockError::invalid("Parameter 'key-secret' is required for cipher"))?;
-    let secret = passphrase(&id, cx.secret(&id)?)?;
+    let secret = match (cx.options().purpose, options.key_secret) {
+        (Purpose::Inspect, _) => None,
+        (_, Some(id)) => Some(passphrase(&id, cx.secret(&id)?)?),
+        (_, None) => return Err(BlockError::invalid("Parameter 'key-secret' is required for cipher")),
+    };
     let loaded = cx
         .child_io(header, move |io| async move {
             let room = io.size();
@@ -39,6 +40,10 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
             "The LUKS payload offset ({payload}) lies past the end of the file ({file_size})"
         )));
     }
-    let volume = Arc::new(loaded.unlock_on_pool(secret).await?);
-    Ok(Opened::new(Luks { volume, payload, file_size: file_size.into() }))
+    let info = loaded.info();
+    let volume = match secret {
+        Some(secret) => Some(Arc::new(loaded.unlock_on_pool(secret).await?)),
+        None => None,
+    };
+    Ok(Opened::new(Luks { volume, info, payload, file_size: file_size.into() }))
 }

@@ -36,8 +36,6 @@ pub(crate) struct Loaded {
 /// A volume whose key is known. Keys are wiped when it is dropped.
 pub(crate) struct Volume {
     cipher: SectorCipher,
-    /// `None` for qcow2's old encryption, which has none.
-    header: Option<(Header, Place)>,
 }
 
 /// Ends an unlock that nobody waits for any more.
@@ -85,6 +83,11 @@ impl Loaded {
     /// The header.
     pub(crate) fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// What `format-specific` of the image information says.
+    pub(crate) fn info(&self) -> Map<String, Value> {
+        describe(&self.header, self.place)
     }
 
     /// Unlocks on the worker pool. Dropping the future ends the work soon.
@@ -136,7 +139,7 @@ impl Loaded {
             }
             if same(&digest, &header.digest) {
                 let cipher = SectorCipher::new(&header.spec, &key)?;
-                return Ok(Volume { cipher, header: Some((self.header, self.place)) });
+                return Ok(Volume { cipher });
             }
         }
         Err(BlockError::new(Errno::EPERM, "Invalid password, cannot unlock any keyslot"))
@@ -149,16 +152,11 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 }
 
 impl Volume {
-    pub(super) fn new(cipher: SectorCipher, header: Header, place: Place) -> Volume {
-        Volume { cipher, header: Some((header, place)) }
-    }
-
     /// qcow2's encryption of old (crypt method 1): AES-128 in CBC mode, the first 16 bytes of the passphrase are the key, the
     /// IV is the *guest's* sector number.
     ///
     /// # Errors
     /// None today.
-    #[allow(dead_code, reason = "for encrypted qcow2 images")]
     pub(crate) fn legacy_aes(passphrase: &Secret) -> Result<Volume> {
         let mut key = Zeroizing::new([0u8; 16]);
         key.iter_mut().zip(passphrase.bytes()).for_each(|(to, from)| *to = *from);
@@ -168,7 +166,7 @@ impl Volume {
             ivgen: IvGen::Plain64,
             ivgen_hash: None,
         };
-        Ok(Volume { cipher: SectorCipher::new(&spec, key.as_slice())?, header: None })
+        Ok(Volume { cipher: SectorCipher::new(&spec, key.as_slice())? })
     }
 
     /// Encrypts whole sectors of 512 bytes in place; `first_sector` is the number the first one's IV is made of.
@@ -226,44 +224,43 @@ impl Volume {
         };
         local.blocking(job).await
     }
+}
 
-    /// What `format-specific` of the image information says, as QEMU's `QCryptoBlockInfoLUKS`; empty for the old encryption.
-    pub(crate) fn info(&self) -> Map<String, Value> {
-        let Some((header, place)) = &self.header else { return Map::new() };
-        let slots: Vec<Value> = header
-            .slots
-            .iter()
-            .map(|slot| {
-                let offset = u64::from(slot.offset) * SECTOR as u64;
-                if slot.active {
-                    json!({"active": true, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": offset})
-                } else {
-                    json!({"active": false, "key-offset": offset})
-                }
-            })
-            .collect();
-        let mut info = Map::new();
-        let mut put = |name: &str, value: Value| info.insert(name.to_owned(), value);
-        put("cipher-alg", json!(header.spec.alg.wire_name()));
-        put("cipher-mode", json!(header.spec.mode.name()));
-        put("ivgen-alg", json!(header.spec.ivgen.name()));
-        if header.spec.ivgen == IvGen::Essiv
-            && let Some(hash) = header.spec.ivgen_hash
-        {
-            put("ivgen-hash-alg", json!(hash.name()));
-        }
-        put("hash-alg", json!(header.hash.name()));
-        put("detached-header", json!(*place == Place::Detached));
-        put("payload-offset", json!(header.payload_offset()));
-        put("master-key-iters", json!(header.digest_iterations));
-        put("uuid", json!(header.uuid));
-        put("slots", json!(slots));
-        info
+/// The members of QEMU's `QCryptoBlockInfoLUKS`.
+fn describe(header: &Header, place: Place) -> Map<String, Value> {
+    let slots: Vec<Value> = header
+        .slots
+        .iter()
+        .map(|slot| {
+            let offset = u64::from(slot.offset) * SECTOR as u64;
+            if slot.active {
+                json!({"active": true, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": offset})
+            } else {
+                json!({"active": false, "key-offset": offset})
+            }
+        })
+        .collect();
+    let mut info = Map::new();
+    let mut put = |name: &str, value: Value| info.insert(name.to_owned(), value);
+    put("cipher-alg", json!(header.spec.alg.wire_name()));
+    put("cipher-mode", json!(header.spec.mode.name()));
+    put("ivgen-alg", json!(header.spec.ivgen.name()));
+    if header.spec.ivgen == IvGen::Essiv
+        && let Some(hash) = header.spec.ivgen_hash
+    {
+        put("ivgen-hash-alg", json!(hash.name()));
     }
+    put("hash-alg", json!(header.hash.name()));
+    put("detached-header", json!(place == Place::Detached));
+    put("payload-offset", json!(header.payload_offset()));
+    put("master-key-iters", json!(header.digest_iterations));
+    put("uuid", json!(header.uuid));
+    put("slots", json!(slots));
+    info
 }
 
 impl std::fmt::Debug for Volume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Volume").field("header", &self.header).finish_non_exhaustive()
+        f.write_str("Volume")
     }
 }

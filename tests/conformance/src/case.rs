@@ -54,6 +54,13 @@ pub struct DriverCase {
     pub discarded: Discarded,
     /// Whether `block_resize` works.
     pub resizable: bool,
+    /// Whether what a resize adds reads as zeroes; as anything otherwise.
+    pub grows_zeroed: bool,
+    /// How much around a write that is torn in the middle may read as anything, bytes; 1 for nodes that keep bytes as they
+    /// are, a sector for those that encrypt it as a whole.
+    pub torn_unit: u64,
+    /// Secrets its options name: id and bytes.
+    pub secrets: Vec<(String, Vec<u8>)>,
     /// Whether a read-only node may be asked for and refuses writers.
     pub read_only: bool,
 }
@@ -76,6 +83,9 @@ impl DriverCase {
             content: Content::Kept,
             discarded: Discarded::Kept,
             resizable: false,
+            grows_zeroed: true,
+            torn_unit: 1,
+            secrets: Vec::new(),
             read_only: true,
         }
     }

@@ -160,7 +160,11 @@ fn resize(case: &DriverCase, engine: Engine, seed: u64) -> Check {
         block_on(session.graph.block_resize(NODE, size)).map_err(|e| format!("resize to {size}: {e}"))?;
         let seen = (session.node()?.size(), session.view()?.size());
         ensure!(seen == (size, size), "resized to {size}, but the node and its user see {seen:?}");
+        let old = model.size();
         model.resize(size);
+        if !case.grows_zeroed {
+            model.forget(old, size.saturating_sub(old));
+        }
         model = session
             .on(1, move |io| async move {
                 let setting = Setting { size, ..setting };

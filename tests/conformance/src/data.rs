@@ -25,6 +25,8 @@ pub struct Setting {
     pub discarded: Discarded,
     /// Whether requests may fail without a reason the suite knows.
     pub faults: bool,
+    /// How much around a torn write may read as anything, bytes.
+    pub torn_unit: u64,
     /// Where randomness comes from.
     pub seed: u64,
 }
@@ -32,7 +34,8 @@ pub struct Setting {
 impl Setting {
     /// Of a case.
     pub fn new(case: &DriverCase, seed: u64, faults: bool) -> Setting {
-        Setting { size: case.size, content: case.content, discarded: case.discarded, faults, seed }
+        let DriverCase { size, content, discarded, torn_unit, .. } = *case;
+        Setting { size, content, discarded, faults, torn_unit, seed }
     }
 }
 
@@ -112,9 +115,21 @@ impl Subject {
         match (self.keeps(), done) {
             (false, _) => {}
             (true, true) => self.model.write(offset, data),
-            (true, false) => self.model.maybe_write(offset, data),
+            (true, false) => {
+                self.model.maybe_write(offset, data);
+                self.tear(offset, data.len() as u64);
+            }
         }
         Ok(())
+    }
+
+    /// After a change that failed: what was encrypted together may have been torn.
+    fn tear(&mut self, offset: u64, len: u64) {
+        let unit = self.setting.torn_unit;
+        if self.setting.faults && unit > 1 && len > 0 {
+            let start = offset - offset % unit;
+            self.model.forget(start, (offset + len).next_multiple_of(unit) - start);
+        }
     }
 
     /// Reads and compares.
@@ -168,7 +183,10 @@ impl Subject {
         match (self.keeps(), done) {
             (false, _) => {}
             (true, true) => self.model.zero(offset, len),
-            (true, false) => self.model.maybe_zero(offset, len),
+            (true, false) => {
+                self.model.maybe_zero(offset, len);
+                self.tear(offset, len);
+            }
         }
         Ok(())
     }

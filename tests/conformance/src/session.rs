@@ -70,6 +70,9 @@ impl Session {
             ["one", "two"].map(|n| IoThread::start(thread(n, engine))).into_iter().collect();
         let threads = threads.map_err(words)?;
         let graph = Graph::new(case.registry.clone(), threads.first().cloned());
+        for (id, bytes) in &case.secrets {
+            graph.secrets().add(id, graph::Secret::new(bytes.clone())).map_err(words)?;
+        }
         let mut options = (case.options)(dir);
         if let Value::Object(options) = &mut options {
             options.insert("node-name".to_owned(), json!(NODE));
