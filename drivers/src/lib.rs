@@ -17,4 +17,4 @@ mod qcow2;
 mod raw;
 
 /// Every driver, in the order the reference lists them.
-pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, raw::RAW];
+pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];

@@ -7,10 +7,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph::{BlockError, NodeEvents, NodeIo};
+use graph::{BlockError, NodeIo};
 
 use super::alloc::Space;
-use super::commit::Commits;
+use super::commit::{Commits, HeaderIo};
+use super::format::snapshot::Snapshot;
 use super::format::{Geometry, Header};
 use super::io::decoded::Decoded;
 use super::table::Tables;
@@ -45,8 +46,20 @@ pub(crate) struct Settings {
     pub(crate) data_file_raw: bool,
 }
 
-/// Encryption of guest data. `sector` is the host offset of the data in sectors of 512 bytes.
-pub(crate) type Crypt = crate::luks::Volume;
+/// Encryption of guest data.
+pub(crate) struct Crypt {
+    /// The unlocked keys.
+    pub(crate) volume: Arc<crate::luks::Volume>,
+    /// Sectors are numbered by their place on the disk the guest sees (AES of long ago), not by that on the host.
+    pub(crate) by_guest: bool,
+}
+
+impl Crypt {
+    /// The number a sector of 512 bytes is enciphered under.
+    pub(crate) fn sector(&self, guest: u64, host: u64) -> u64 {
+        if self.by_guest { guest / 512 } else { host / 512 }
+    }
+}
 
 /// A qcow2 node.
 pub(crate) struct Qcow2 {
@@ -54,8 +67,8 @@ pub(crate) struct Qcow2 {
     pub(crate) geo: Geometry,
     /// Virtual size, bytes.
     pub(crate) size: AtomicU64,
-    /// The header as it is on disk, or will be with the write that is under way.
-    pub(crate) header: Mutex<Header>,
+    /// The first cluster: what it says, and how it is changed.
+    pub(crate) header: Arc<HeaderIo>,
     /// Where guest data lies.
     pub(crate) tables: Tables,
     /// Host clusters.
@@ -76,8 +89,10 @@ pub(crate) struct Qcow2 {
     pub(crate) crypt: Option<Crypt>,
     /// Compressed clusters that were decoded lately.
     pub(crate) decoded: Decoded,
-    /// Where news go.
-    pub(crate) events: Arc<NodeEvents>,
+    /// What the queries are told of the encryption.
+    pub(crate) crypt_info: serde_json::Map<String, serde_json::Value>,
+    /// The snapshot table.
+    pub(crate) snapshots: Mutex<Vec<Snapshot>>,
 }
 
 /// No backing file.
@@ -86,7 +101,12 @@ pub(crate) const NO_BACKING: u64 = u64::MAX;
 impl Qcow2 {
     /// The header. Not to be held across waiting.
     pub(crate) fn header(&self) -> MutexGuard<'_, Header> {
-        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+        self.header.header()
+    }
+
+    /// The snapshot table. Not to be held across waiting.
+    pub(crate) fn snapshots(&self) -> MutexGuard<'_, Vec<Snapshot>> {
+        self.snapshots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Virtual size, bytes.

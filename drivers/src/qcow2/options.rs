@@ -179,6 +179,10 @@ pub struct Qcow2Options {
     /// The node that holds the guest's data, for an image that keeps it outside; default: the file the image names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_file: Option<BlockdevRef>,
+    /// The images above this one, as far as they were opened for the names inside them. Not for users.
+    #[serde(rename = "x-chain", default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(skip)]
+    pub chain: Vec<String>,
 }
 
 impl OverlapCheck {

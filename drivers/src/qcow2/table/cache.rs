@@ -34,7 +34,6 @@ struct Set {
 }
 
 /// A write that allocates, from its decision to its publication. Whoever wants to change the same clusters waits.
-#[derive(Debug)]
 struct Record {
     id: u64,
     first: usize,

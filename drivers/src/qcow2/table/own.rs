@@ -11,7 +11,7 @@ use host::sync::Event;
 
 use super::Tables;
 use super::load::strip_copied;
-use crate::qcow2::alloc::FreeKind;
+use crate::qcow2::alloc::{FreeKind, Kind};
 use crate::qcow2::format::{COPIED, OFFSET_MASK};
 use crate::qcow2::node::{FILE, Qcow2};
 
@@ -68,7 +68,7 @@ impl Tables {
             let words = format!("L2 table offset {from:#x} unaligned (L1 index: {index:#x})");
             return Err(node.corrupt(io, words, None, None).await);
         }
-        let extent = node.space.alloc(node, io, 1).await?;
+        let extent = node.space.alloc(io, 1).await?;
         let file = io.child(FILE);
         let written = async {
             if from == 0 && extent.zero {
@@ -89,10 +89,11 @@ impl Tables {
             node.space.give_back(extent.offset, size);
             return Err(e);
         }
-        node.space.add_metadata(extent.offset, size);
+        node.space.add_metadata(Kind::ActiveL2, extent.offset, size);
         self.l1.set(index, extent.offset | COPIED);
         if from != 0 {
             // The snapshots keep theirs; ours is one reference less.
+            node.space.add_metadata(Kind::InactiveL2, from, size);
             node.space.free_later(from, size, FreeKind::Other);
         }
         Ok(())

@@ -1,0 +1,139 @@
+//! Requests on a qcow2 node.
+//!
+//! Called by views (`map`, the hot path) and by the graph's asynchronous path. This file is the driver's face; the work is in
+//! the files beside it:
+//!
+//! | file | subject |
+//! |---|---|
+//! | `map.rs` | where a range lives, answered at once; fresh clusters handed out at once |
+//! | `read.rs` | driven reads |
+//! | `write.rs` | driven writes, with allocation and copy-on-write |
+//! | `plan.rs` | what an allocating write is going to do |
+//! | `zero.rs` | write-zeroes and discard |
+//! | `compressed.rs`, `decoded.rs` | compressed clusters |
+//! | `status.rs` | what is known about ranges |
+//! | `truncate.rs`, `prealloc.rs` | changing the size |
+//! | `info.rs` | what the queries are told |
+
+mod compressed;
+pub(crate) mod decoded;
+mod info;
+pub(crate) mod join;
+mod map;
+mod plan;
+mod prealloc;
+mod read;
+mod status;
+mod truncate;
+mod write;
+mod zero;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Release;
+
+use graph::{
+    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, Truncate, WriteFlags,
+    ZeroFlags, default_child_perm,
+};
+use host::IoVecs;
+
+use super::node::{NO_BACKING, Qcow2};
+
+impl Driver for Qcow2 {
+    #[inline]
+    fn map(&self, op: Op, offset: u64, len: u64) -> Map<'_> {
+        match op {
+            Op::Read => self.map_read(offset, len),
+            Op::Write => self.map_write(offset, len),
+            // Zeroing and discarding change entries; a flush is a commit.
+            Op::WriteZeroes | Op::Discard | Op::Flush => Map::Drive,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        Qcow2::size(self)
+    }
+
+    fn limits(&self) -> Limits {
+        let geo = self.geo;
+        Limits {
+            // Encryption works on whole sectors.
+            request_alignment: if self.crypt.is_some() { 512 } else { 1 },
+            discard_alignment: geo.cluster_size() as u32,
+            write_zeroes_alignment: geo.subcluster_size() as u32,
+            ..Limits::default()
+        }
+    }
+
+    fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
+        Box::pin(self.read_range(io, offset, bufs))
+    }
+
+    fn write<'a>(
+        &'a self,
+        io: &'a NodeIo,
+        offset: u64,
+        bufs: &'a IoVecs,
+        flags: WriteFlags,
+    ) -> BoxFut<'a, ()> {
+        if flags.contains(WriteFlags::COMPRESSED) {
+            return Box::pin(self.write_compressed(io, offset, bufs));
+        }
+        Box::pin(self.write_range(io, offset, bufs))
+    }
+
+    fn write_zeroes<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64, flags: ZeroFlags) -> BoxFut<'a, ()> {
+        Box::pin(self.zero_range(io, offset, len, flags))
+    }
+
+    fn discard<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, ()> {
+        Box::pin(self.discard_range(io, offset, len))
+    }
+
+    fn flush<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
+        Box::pin(self.commits.flush(self, io))
+    }
+
+    fn block_status<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, BlockStatus> {
+        Box::pin(self.status(io, offset, len))
+    }
+
+    fn truncate<'a>(&'a self, io: &'a NodeIo, size: u64, how: Truncate) -> BoxFut<'a, ()> {
+        Box::pin(self.resize(io, size, how))
+    }
+
+    fn supports_compressed(&self) -> bool {
+        self.data_file.is_none() && self.crypt.is_none()
+    }
+
+    fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.snapshot_list()
+    }
+
+    fn backing_child(&self) -> Option<usize> {
+        self.backing
+    }
+
+    fn child_perm(&self, _child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
+        default_child_perm(role, perm, shared, !self.settings.read_only)
+    }
+
+    fn child_changed(&self, index: usize, child: Option<(&str, &Arc<Node>)>) {
+        if Some(index) == self.backing {
+            self.backing_size.store(child.map_or(NO_BACKING, |(_, node)| node.size()), Release);
+        }
+    }
+
+    fn info(&self) -> DriverInfo {
+        self.driver_info()
+    }
+
+    fn close<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
+        Box::pin(async move {
+            if self.settings.read_only {
+                return Ok(());
+            }
+            self.commits.close(self, io).await
+        })
+    }
+}

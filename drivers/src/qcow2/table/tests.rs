@@ -1,0 +1,193 @@
+//! Tests of the tables in memory: decoding, the cache of slices, what a commit collects.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use super::*;
+use crate::qcow2::format::{COMPRESSED, COPIED, ZERO};
+
+fn geo(bits: u32, extended: bool) -> Geometry {
+    Geometry::new(bits, 4, extended, true, false).unwrap()
+}
+
+#[test]
+fn a_run_ends_where_kind_or_place_changes() {
+    let d = Decoder::new(geo(16, false));
+    let c = 65536u64;
+    let words = [
+        c * 5 | COPIED,
+        c * 6 | COPIED,
+        c * 8 | COPIED,
+        ZERO,
+        ZERO,
+        0,
+        0,
+        COMPRESSED | 512,
+        c * 9,
+        c * 10 | ZERO | COPIED,
+    ];
+    let run = |guest: u64, len: u64| d.run(|i| (words[i], 0), (guest / c) as usize, words.len(), guest, len);
+    let a = run(100, 10 * c);
+    assert_eq!((a.kind, a.len, a.host, a.copied), (Kind::Normal, 2 * c - 100, Some(5 * c + 100), true));
+    assert_eq!(run(2 * c, 10 * c).len, c, "not contiguous");
+    assert_eq!((run(3 * c + 1, 10 * c).kind, run(3 * c + 1, 10 * c).len), (Kind::Zero, 2 * c - 1));
+    assert_eq!((run(5 * c, 10 * c).kind, run(5 * c, 10 * c).len), (Kind::Unallocated, 2 * c));
+    assert_eq!((run(7 * c, 10 * c).kind, run(7 * c + 5, 10 * c).len), (Kind::Compressed, c - 5));
+    assert_eq!((run(8 * c, c).kind, run(8 * c, c).copied), (Kind::Normal, false));
+    assert_eq!((run(9 * c, c).kind, run(9 * c, c).host), (Kind::Zero, Some(10 * c)));
+    assert_eq!(run(3, 10).len, 10, "never more than was asked");
+}
+
+#[test]
+fn subclusters_are_told_one_by_one() {
+    let d = Decoder::new(geo(16, true));
+    let (c, s) = (65536u64, 2048u64);
+    // Subclusters 0 and 1 allocated, 2 zero, the others unallocated; the next cluster allocated, contiguous.
+    let words = [(c * 5 | COPIED, 0b011 | 0b100 << 32), (c * 6 | COPIED, 0xffff_ffff), (c * 7, 1 | 1 << 32), (0, 1)];
+    let run = |guest: u64, len: u64| d.run(|i| words[i], (guest / c) as usize, words.len(), guest, len);
+    assert_eq!((run(1, c).kind, run(1, c).len, run(1, c).host), (Kind::Normal, 2 * s - 1, Some(5 * c + 1)));
+    assert_eq!((run(2 * s, c).kind, run(2 * s, c).len), (Kind::Zero, s));
+    assert_eq!((run(3 * s, 4 * c).kind, run(3 * s, 4 * c).len), (Kind::Unallocated, 29 * s));
+    assert_eq!((run(c, 4 * c).kind, run(c, 4 * c).len), (Kind::Normal, c));
+    assert_eq!(run(2 * c, s).kind, Kind::Invalid, "both bits");
+    assert_eq!(run(3 * c, s).kind, Kind::Invalid, "data nowhere");
+}
+
+#[test]
+fn reserved_bits_and_crooked_offsets_are_invalid() {
+    let d = Decoder::new(geo(16, false));
+    for entry in [1 << 61, 1 << 56, 2, 0x100, 512, 65536 + 512, COMPRESSED | COPIED | 512] {
+        assert!(!d.valid(entry, 0), "{entry:#x}");
+        assert_eq!(d.kind(entry, 0, 0), Kind::Invalid, "{entry:#x}");
+    }
+    let v2 = Decoder::new(Geometry::new(16, 4, false, false, false).unwrap());
+    assert_eq!(v2.kind(ZERO, 0, 0), Kind::Invalid);
+    let outside = Decoder::new(Geometry::new(16, 4, false, true, true).unwrap());
+    assert_eq!(outside.kind(COPIED, 0, 0), Kind::Normal, "the first cluster of a data file");
+    assert_eq!(outside.kind(0, 0, 0), Kind::Unallocated);
+    assert_eq!(outside.kind(COMPRESSED | 512, 0, 0), Kind::Invalid);
+}
+
+/// Tables over one L2 table at 1 MiB, with a cache of `slices` slices of 512 bytes.
+fn tables(slices: u64) -> Tables {
+    Tables::new(geo(16, false), 0x30000, &[0x100000 | COPIED, 0], slices * 512, 512, 512)
+}
+
+fn fill(t: &Tables, slice: u64, words: &[u64]) -> bool {
+    let mut all = vec![0; 64];
+    all[..words.len()].copy_from_slice(words);
+    match t.cache.reserve(slice) {
+        Ok(at) => {
+            t.cache.fill(&at, slice, &all, false);
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+#[test]
+fn what_is_cached_is_found_and_nothing_else() {
+    let t = tables(16);
+    assert!(t.lookup(0, 10).is_none(), "not loaded");
+    assert_eq!(t.lookup(512 << 20, 10).unwrap().kind, Kind::Unallocated, "no table");
+    assert!(fill(&t, 0, &[0x200000 | COPIED]));
+    assert_eq!(t.lookup(7, 10).unwrap().host, Some(0x200007));
+    assert!(t.lookup(64 << 16, 10).is_none());
+}
+
+#[test]
+fn a_dirty_slice_stays_and_is_collected_once() {
+    let t = tables(8);
+    assert!(fill(&t, 3, &[]));
+    t.with(3 * 64 << 16, |s| t.set_entry(s, 5, 0x300000 | COPIED, 0)).unwrap();
+    t.set_l1(1, 0x400000 | COPIED);
+    assert!(t.has_dirty());
+    for slice in 100..200 {
+        assert!(fill(&t, slice, &[]), "seven slots are left");
+    }
+    assert_eq!(t.lookup((3 * 64 + 5) << 16, 1).unwrap().host, Some(0x300000));
+    let collected = t.collect();
+    assert_eq!(collected.writes.len(), 2);
+    let (l1, l2) = (&collected.writes[0], &collected.writes[1]);
+    assert_eq!((l1.offset, l1.data.len()), (0x30000, 16));
+    assert_eq!(l1.data[8..], (0x400000u64 | COPIED).to_be_bytes());
+    assert_eq!((l2.offset, l2.data.len()), (0x100000 + 3 * 512, 512));
+    assert_eq!(l2.data[40..48], (0x300000u64 | COPIED).to_be_bytes());
+    assert!(!t.has_dirty());
+    assert!(t.collect().writes.is_empty());
+    t.finish(collected, false);
+    assert!(t.has_dirty(), "what could not be written stays dirty");
+    assert_eq!(t.collect().writes.len(), 2);
+}
+
+#[test]
+fn a_set_full_of_dirty_slices_says_so() {
+    let t = tables(8);
+    for slice in 0..8 {
+        assert!(fill(&t, slice, &[]));
+        t.with(slice * 64 << 16, |s| t.set_entry(s, 0, COPIED | 0x500000, 0)).unwrap();
+    }
+    assert!(matches!(t.cache.reserve(9), Err(cache::Full::Dirty)));
+    assert!(t.wants_commit());
+    let collected = t.collect();
+    assert!(matches!(t.cache.reserve(9), Err(cache::Full::Dirty)), "being written");
+    t.finish(collected, true);
+    assert!(t.cache.reserve(9).is_ok());
+}
+
+#[test]
+fn records_keep_a_slice_and_others_away() {
+    let t = tables(8);
+    assert!(fill(&t, 0, &[]));
+    let id = t.with(0, |s| s.begin(4, 3)).unwrap();
+    t.with(0, |s| {
+        assert!(s.in_flight(6, 1).is_some() && s.in_flight(7, 1).is_none() && s.in_flight(0, 4).is_none());
+        assert_eq!((s.next_in_flight(0, 10), s.next_in_flight(5, 10), s.next_in_flight(7, 10)), (4, 5, 10));
+    })
+    .unwrap();
+    for slice in 1..100 {
+        assert!(fill(&t, slice, &[]));
+    }
+    let waiting = t.with(0, |s| s.in_flight(4, 1)).unwrap().unwrap();
+    t.with(0, |s| s.shorten(id, 1)).unwrap();
+    assert!(waiting.is_set(), "whoever waits looks again");
+    assert!(t.with(0, |s| s.in_flight(5, 2).is_none()).unwrap());
+    t.with(0, |s| s.end(id)).unwrap();
+    for slice in 1..100 {
+        assert!(fill(&t, slice, &[]));
+    }
+    assert!(t.with(0, |_| ()).is_none(), "evicted");
+}
+
+#[test]
+fn readers_never_see_half_a_change() {
+    // Two words that are always written together, as with extended entries.
+    let t = Tables::new(geo(16, true), 0x30000, &[0x100000 | COPIED], 8 * 512, 512, 512);
+    let at = t.cache.reserve(0).ok().unwrap();
+    t.cache.fill(&at, 0, &vec![0; 64], false);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1..200_000u64 {
+                t.with(0, |s| {
+                    s.set_word(10, n);
+                    s.set_word(11, n);
+                });
+                if n % 1000 == 0 {
+                    // Another slice takes the slot's place for a moment.
+                    t.finish(t.collect(), true);
+                }
+            }
+            stop.store(true, Relaxed);
+        });
+        scope.spawn(|| {
+            let mut seen = 0u64;
+            while !stop.load(Relaxed) {
+                let pair = t.cache.read(0, |w| (w[10].load(Relaxed), w[11].load(Relaxed)));
+                if let Some((a, b)) = pair {
+                    assert_eq!(a, b);
+                    assert!(a >= seen);
+                    seen = a;
+                }
+            }
+        });
+    });
+}
