@@ -5,6 +5,7 @@
 use graph::{BlockError, CheckFix, Errno};
 
 use super::{Checker, Storage};
+use crate::qcow2::format::entry::hex;
 use crate::qcow2::format::{Geometry, RtEntry, refcount};
 
 /// Blocks kept in memory.
@@ -78,9 +79,9 @@ impl<S: Storage> Checker<'_, S> {
         if self.geo.in_cluster(offset) != 0 || offset > i64::MAX as u64 - self.geo.cluster_size() {
             if !self.blocks.told {
                 self.blocks.told = true;
-                let index = self.geo.reftable_index(cluster);
+                let index = hex(self.geo.reftable_index(cluster));
                 self.say(format!(
-                    "qcow2: Image is corrupt: Refblock offset {offset:#x} unaligned (reftable index: {index:#x}); further non-fatal corruption events will be suppressed"
+                    "qcow2: Image is corrupt: Refblock offset {offset:#x} unaligned (reftable index: {index}); further non-fatal corruption events will be suppressed"
                 ));
             }
             return Err(Errno::EIO.into());

@@ -217,9 +217,6 @@ impl<S: Storage> Checker<'_, S> {
                 if bitmap.allocated() != 0 {
                     self.report.corruptions += 1;
                     self.say("ERROR: Unallocated cluster has non-zero subcluster allocation map".into());
-                    if walk.fix.errors {
-                        self.zero_l2_entry(place, bitmap).await?;
-                    }
                 }
                 Ok(())
             }
@@ -259,15 +256,12 @@ impl<S: Storage> Checker<'_, S> {
         walk: Walk,
     ) -> Result<(), BlockError> {
         let offset = word & OFFSET_MASK;
+        // Which of the two bits is right nobody can say: told, and left for a human.
         if bitmap.allocated() & bitmap.zero() != 0 {
             self.report.corruptions += 1;
             self.say(format!(
                 "ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
             ));
-            if walk.fix.errors {
-                self.zero_l2_entry(place, bitmap).await?;
-            }
-            return Ok(());
         }
         if self.geo.in_cluster(offset) != 0 {
             self.report.corruptions += 1;

@@ -156,8 +156,11 @@ impl<S: Storage> Checker<'_, S> {
         let bits = self.geo.cluster_bits();
         if old_bytes > 0 {
             for cluster in old >> bits..=(old + old_bytes - 1) >> bits {
-                let n = self.refcount(cluster).await?;
-                self.set_refcount(cluster, n.saturating_sub(1)).await?;
+                // A table that lay past the end of the file was never counted.
+                match self.refcount(cluster).await? {
+                    0 => {}
+                    n => self.set_refcount(cluster, n - 1).await?,
+                }
             }
         }
         self.write_blocks().await?;

@@ -79,6 +79,11 @@ impl RtEntry {
     }
 }
 
+/// A number as C's `%#x` prints it: 0 has no prefix.
+pub(crate) fn hex(n: u64) -> String {
+    if n == 0 { "0".into() } else { format!("{n:#x}") }
+}
+
 /// Why an entry cannot be followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryError {
@@ -102,18 +107,19 @@ pub enum EntryError {
 impl EntryError {
     /// QEMU's words for an entry of an L2 table.
     pub fn l2_message(self, l2_offset: u64, l2_index: u64) -> String {
-        let place = format!("(L2 offset: {l2_offset:#x}, L2 index: {l2_index:#x})");
+        let index = hex(l2_index);
+        let place = format!("(L2 offset: {l2_offset:#x}, L2 index: {index})");
         match self {
-            EntryError::Unaligned(o) => format!(
-                "Cluster allocation offset {o:#x} unaligned (L2 offset: {l2_offset:#x}, L2 index: {l2_index:#x})"
-            ),
+            EntryError::Unaligned(o) => format!("Cluster allocation offset {o:#x} unaligned {place}"),
             EntryError::ZeroInV2 => format!("Zero cluster entry found in pre-v3 image {place}"),
             EntryError::CompressedWithDataFile => {
                 format!("Compressed cluster entry found in image with external data file {place}")
             }
             EntryError::InvalidBitmap(_) => format!("Invalid cluster entry found {place}"),
             EntryError::DataFileMismatch { host, guest } => format!(
-                "External data file host cluster offset {host:#x} does not match guest cluster offset: {guest:#x}, L2 index: {l2_index:#x})"
+                "External data file host cluster offset {} does not match guest cluster offset: {}, L2 index: {index})",
+                hex(host),
+                hex(guest)
             ),
         }
     }
@@ -121,7 +127,9 @@ impl EntryError {
     /// QEMU's words for an entry of an L1 table.
     pub fn l1_message(self, l1_index: u64) -> String {
         match self {
-            EntryError::Unaligned(o) => format!("L2 table offset {o:#x} unaligned (L1 index: {l1_index:#x})"),
+            EntryError::Unaligned(o) => {
+                format!("L2 table offset {o:#x} unaligned (L1 index: {})", hex(l1_index))
+            }
             other => other.l2_message(0, l1_index),
         }
     }
