@@ -9,12 +9,14 @@
 //! | [`control`] | what a piece of work and its owner share across threads: progress, rate, pausing, cancelling |
 //! | [`hold`] | a job's use of a node, with its requests bracketed so that drains end |
 //! | [`copy`] | the copy engine |
+//! | [`create`] | creating images |
 //! | [`job`] | states, verbs, groups, queries and events |
 
 #![forbid(unsafe_code)]
 
 pub mod control;
 pub mod copy;
+pub mod create;
 pub mod hold;
 pub mod job;
 

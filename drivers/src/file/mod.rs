@@ -16,9 +16,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
-use graph::{DriverDef, DriverKind};
+use graph::{CreateDef, DriverDef, DriverKind};
 use host::{File, OpenOptions};
 
+mod create;
 mod io;
 mod lock;
 mod open;
@@ -41,7 +42,10 @@ pub(crate) const FILE: DriverDef = DriverDef {
     kind: DriverKind::Protocol,
     schema: || schemars::schema_for!(FileOptions),
     open: |cx, value| Box::pin(open::open(Wanted::File, cx, value)),
-    create: None,
+    create: Some(CreateDef {
+        schema: || schemars::schema_for!(create::FileCreateOptions),
+        create: |cx, value| Box::pin(create::create(cx, value)),
+    }),
 };
 
 /// `host_device`.

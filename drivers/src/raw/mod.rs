@@ -5,8 +5,9 @@
 
 use std::sync::atomic::AtomicU64;
 
-use graph::{DriverDef, DriverKind};
+use graph::{CreateDef, DriverDef, DriverKind};
 
+mod create;
 mod io;
 mod open;
 mod options;
@@ -24,7 +25,10 @@ pub(crate) const RAW: DriverDef = DriverDef {
     kind: DriverKind::Format,
     schema: || schemars::schema_for!(RawOptions),
     open: |cx, value| Box::pin(open::open(cx, value)),
-    create: None,
+    create: Some(CreateDef {
+        schema: || schemars::schema_for!(create::RawCreateOptions),
+        create: |cx, value| Box::pin(create::create(cx, value)),
+    }),
 };
 
 /// The part of the child that is shown.

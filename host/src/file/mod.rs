@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::Engine;
 
 mod align;
+mod create;
 mod lock;
 
 pub use align::Alignment;
