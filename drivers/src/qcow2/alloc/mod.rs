@@ -28,7 +28,7 @@ mod meta;
 mod quarantine;
 mod take;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::AtomicBool;
