@@ -51,6 +51,8 @@ pub struct Daemon {
     pub graph: Graph,
     /// User-creatable objects.
     pub objects: RefCell<Objects>,
+    /// Work in the background.
+    pub jobs: jobs::Jobs,
     /// Running exports.
     pub exports: RefCell<Exports>,
     /// Events for control clients.
@@ -72,8 +74,11 @@ impl Daemon {
     /// No descriptors for the executor.
     pub fn new(registry: Registry, passed: PassedFds, events: qmp::Events) -> std::io::Result<Rc<Daemon>> {
         let executor = MainExecutor::new()?;
+        let news = events.clone();
+        let jobs = jobs::Jobs::new(executor.clone(), move |event| commands::jobs::emit(&news, event));
         let daemon = Rc::new_cyclic(|me| Daemon {
             executor,
+            jobs,
             graph: Graph::new(registry, None),
             objects: RefCell::default(),
             exports: RefCell::default(),
@@ -243,13 +248,14 @@ impl Daemon {
         }
     }
 
-    /// Ends everything in order: exports (what is in flight completes), nodes (flushed), threads.
+    /// Ends everything in order: exports (what is in flight completes), jobs, nodes (flushed), threads.
     pub async fn shutdown(&self) {
         let exports: Vec<_> = self.exports.borrow().values().cloned().collect();
         exports.iter().for_each(|e| e.stop_accepting());
         for export in exports {
             self.close_export(&export).await;
         }
+        self.jobs.cancel_all().await;
         // Closing flushes.
         if let Err(e) = self.ready_graph() {
             log::error!("nodes cannot be closed in order: {}", e.desc);

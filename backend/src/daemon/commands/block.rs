@@ -2,7 +2,7 @@
 
 use graph::query::{BlockDeviceInfo, BlockStats, XDbgBlockGraph};
 use graph::{CommonOptions, Registry};
-use qmp::schema::SchemaBuilder;
+use qmp::schema::{SchemaBuilder, TypeRef};
 use qmp::{Commands, QmpError};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -52,19 +52,22 @@ fn export_of(stats: &BlockStats) -> Option<String> {
     crate::export::id_in_description(stats.qdev.as_deref()?).map(str::to_owned)
 }
 
+/// The type of a node's options: a union over all drivers. Whatever refers to a node that may be defined in place needs it.
+pub fn blockdev_options(schema: &mut SchemaBuilder, registry: &Registry) -> TypeRef {
+    let base = schema.object_from::<CommonOptions>();
+    let variants = registry
+        .iter()
+        .map(|d| {
+            let name = format!("BlockdevOptions-{}", d.name);
+            (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())
+        })
+        .collect();
+    schema.union("BlockdevOptions", "A node and its options.", "driver", base, variants)
+}
+
 pub fn register(commands: &mut Commands<State>, registry: &Registry) {
     let registry = registry.clone();
-    let options = move |schema: &mut SchemaBuilder| {
-        let base = schema.object_from::<CommonOptions>();
-        let variants = registry
-            .iter()
-            .map(|d| {
-                let name = format!("BlockdevOptions-{}", d.name);
-                (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())
-            })
-            .collect();
-        schema.union("BlockdevOptions", "A node and its options.", "driver", base, variants)
-    };
+    let options = move |schema: &mut SchemaBuilder| blockdev_options(schema, &registry);
     commands.register_value(
         "blockdev-add",
         "Creates a node, and the nodes defined inside its options. Without `node-name` inside another node it gets a \

@@ -4,6 +4,7 @@
 mod bitmap;
 mod block;
 mod export;
+pub mod jobs;
 mod object;
 mod snapshot;
 
@@ -22,6 +23,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     block::register(&mut commands, registry);
     export::register(&mut commands);
     object::register(&mut commands);
+    jobs::register(&mut commands, registry);
     bitmap::register(&mut commands);
     snapshot::register(&mut commands);
     commands.finish()
