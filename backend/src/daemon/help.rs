@@ -7,6 +7,7 @@ use schemars::{JsonSchema, schema_for};
 use serde_json::Value;
 
 use super::objects::IoThreadProperties;
+use super::secret::SecretProperties;
 use crate::export::options::VhostUserBlkOptions;
 use crate::process::cli::HelpTopic;
 use crate::process::help;
@@ -36,8 +37,11 @@ pub fn text(topic: &HelpTopic) -> Result<String, String> {
         ("export", Some(name @ "vhost-user-blk")) => {
             Ok(help::members(name, &schema::<VhostUserBlkOptions>()))
         }
-        ("object", None) => Ok(help::list("Object types (see --object TYPE,help)", [("iothread", "")])),
+        ("object", None) => {
+            Ok(help::list("Object types (see --object TYPE,help)", [("iothread", ""), ("secret", "")]))
+        }
         ("object", Some(name @ "iothread")) => Ok(help::members(name, &schema::<IoThreadProperties>())),
+        ("object", Some(name @ "secret")) => Ok(help::members(name, &schema::<SecretProperties>())),
         (_, Some(name)) => Err(unknown(name)),
         (option, None) => Err(format!("--{option}: no help is available")),
     }

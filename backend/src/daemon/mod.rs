@@ -7,6 +7,7 @@ pub mod commands;
 pub mod errors;
 pub mod help;
 pub mod objects;
+pub mod secret;
 pub mod service;
 pub mod start;
 
@@ -25,7 +26,8 @@ use crate::blk::device::{ErrorSink, IoErrorReport};
 use crate::export::options::{ExportOptions, RemoveMode};
 use crate::export::{Export, Exports, Host};
 use crate::process::listen_fds::PassedFds;
-use objects::Objects;
+use objects::{IoThreadProperties, Objects, Removed};
+use secret::SecretProperties;
 
 /// The iothread that serves what names none. Not an object: it cannot be removed, and ids of objects start with a letter.
 pub const OWN_IOTHREAD: &str = "#main";
@@ -147,7 +149,29 @@ impl Daemon {
         Ok(())
     }
 
-    /// Removes an object.
+    /// Makes an iothread.
+    ///
+    /// # Errors
+    /// See [`Objects::add_iothread`].
+    pub fn add_iothread(&self, options: IoThreadProperties) -> Result<(), QmpError> {
+        self.objects.borrow_mut().add_iothread(options)?;
+        self.ready_graph_if_any();
+        Ok(())
+    }
+
+    /// Loads a secret.
+    ///
+    /// # Errors
+    /// The id is taken or no identifier, or see [`secret::load`].
+    pub async fn add_secret(&self, options: SecretProperties) -> Result<(), QmpError> {
+        self.objects.borrow().check_id(&options.id)?;
+        let secret = secret::load(&options, self.graph.secrets()).await?;
+        let id = options.id.clone();
+        self.objects.borrow_mut().add_secret(options)?;
+        self.graph.secrets().add(&id, secret).map_err(|e| QmpError::generic(e.to_string()))
+    }
+
+    /// Removes an object. What was opened with a secret goes on.
     ///
     /// # Errors
     /// No such object, or an export's queues run on it.
@@ -158,7 +182,11 @@ impl Daemon {
                 export.id()
             )));
         }
-        let thread = self.objects.borrow_mut().remove(id)?;
+        let removed = self.objects.borrow_mut().remove(id)?;
+        let Removed::Iothread(thread) = removed else {
+            self.graph.secrets().remove(id);
+            return Ok(());
+        };
         // The graph must not be left with a thread that ends.
         self.graph.set_iothread(None);
         self.ready_graph_if_any();

@@ -1,4 +1,4 @@
-//! User-creatable objects: today `iothread`. `--object`, `object-add`, `object-del`, and their properties for `qom-get`,
+//! User-creatable objects: `iothread` and `secret`. `--object`, `object-add`, `object-del`, and their properties for `qom-get`,
 //! `qom-set`, `qom-list`, `query-iothreads`.
 //!
 //! Main thread only. Must not know exports: the caller says whether an object is in use.
@@ -10,6 +10,8 @@ use qmp::QmpError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+use super::secret::{self, MAX_SECRETS, SecretObject, SecretProperties};
 
 /// Most iothreads of a process.
 pub const MAX_IOTHREADS: usize = 256;
@@ -65,6 +67,8 @@ fn default_poll_max() -> i64 {
 pub enum ObjectOptions {
     /// A thread that serves queues.
     Iothread(IoThreadProperties),
+    /// A passphrase or key.
+    Secret(SecretProperties),
 }
 
 /// What `query-iothreads` tells, per iothread: QEMU's members, and how busy it has been.
@@ -113,6 +117,15 @@ pub struct ObjectPropertyInfo {
 #[derive(Default)]
 pub struct Objects {
     iothreads: BTreeMap<String, IoThread>,
+    secrets: BTreeMap<String, SecretObject>,
+}
+
+/// An object that was taken out.
+pub enum Removed {
+    /// Its thread still runs.
+    Iothread(IoThread),
+    /// A secret: the graph has to forget it, too.
+    Secret,
 }
 
 /// A property of `iothread` that can be read and set.
@@ -143,21 +156,44 @@ fn checked(p: &Property, value: i64) -> Result<u64, QmpError> {
 }
 
 impl Objects {
-    /// Makes an object.
+    /// Checks the name of an object to come.
+    ///
+    /// # Errors
+    /// It is no identifier, or taken.
+    pub fn check_id(&self, id: &str) -> Result<(), QmpError> {
+        if !crate::export::valid_id(id) {
+            return Err(QmpError::generic("Parameter 'id' expects an identifier"));
+        }
+        if self.iothreads.contains_key(id) || self.secrets.contains_key(id) {
+            return Err(QmpError::generic(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Notes a secret whose content the graph has been given.
+    ///
+    /// # Errors
+    /// There are too many; nothing of it may stay then.
+    pub fn add_secret(&mut self, p: SecretProperties) -> Result<(), QmpError> {
+        self.check_id(&p.id)?;
+        if self.secrets.len() >= MAX_SECRETS {
+            return Err(QmpError::generic(format!(
+                "there are {MAX_SECRETS} secrets already, the most there can be"
+            )));
+        }
+        let object = SecretObject { format: p.format, file: p.file, keyid: p.keyid, iv: p.iv };
+        self.secrets.insert(p.id, object);
+        Ok(())
+    }
+
+    /// Makes an iothread.
     ///
     /// # Errors
     /// The id is taken or no identifier, a value is out of range, the thread cannot be started.
-    pub fn add(&mut self, options: ObjectOptions) -> Result<(), QmpError> {
-        let ObjectOptions::Iothread(o) = options;
-        if !crate::export::valid_id(&o.id) {
-            return Err(QmpError::generic("Parameter 'id' expects an identifier"));
-        }
-        if self.iothreads.contains_key(&o.id) {
-            return Err(QmpError::generic(format!(
-                "attempt to add duplicate property '{}' to object (type 'container')",
-                o.id
-            )));
-        }
+    pub fn add_iothread(&mut self, o: IoThreadProperties) -> Result<(), QmpError> {
+        self.check_id(&o.id)?;
         if self.iothreads.len() >= MAX_IOTHREADS {
             return Err(QmpError::generic(format!(
                 "there are {MAX_IOTHREADS} iothreads already, the most there can be"
@@ -179,12 +215,16 @@ impl Objects {
         Ok(())
     }
 
-    /// Removes an object that nobody uses, and waits for its thread.
+    /// Takes out an object that nobody uses.
     ///
     /// # Errors
     /// No such object.
-    pub fn remove(&mut self, id: &str) -> Result<IoThread, QmpError> {
-        self.iothreads.remove(id).ok_or_else(|| QmpError::generic(format!("object '{id}' not found")))
+    pub fn remove(&mut self, id: &str) -> Result<Removed, QmpError> {
+        if self.secrets.remove(id).is_some() {
+            return Ok(Removed::Secret);
+        }
+        let thread = self.iothreads.remove(id).map(Removed::Iothread);
+        thread.ok_or_else(|| QmpError::generic(format!("object '{id}' not found")))
     }
 
     /// An iothread by id.
@@ -202,9 +242,12 @@ impl Objects {
         std::mem::take(&mut self.iothreads).into_values().collect()
     }
 
+    fn secret_at(&self, path: &str) -> Option<&SecretObject> {
+        self.secrets.get(id_of(path))
+    }
+
     fn at(&self, path: &str) -> Result<&IoThread, QmpError> {
-        let id = path.strip_prefix(ROOT).and_then(|p| p.strip_prefix('/')).unwrap_or(path);
-        self.iothreads.get(id).ok_or_else(|| {
+        self.iothreads.get(id_of(path)).ok_or_else(|| {
             QmpError::new(qmp::ErrorClass::DeviceNotFound, format!("Device '{path}' not found"))
         })
     }
@@ -214,6 +257,9 @@ impl Objects {
     /// # Errors
     /// No such object or property.
     pub fn get(&self, path: &str, property: &str) -> Result<Value, QmpError> {
+        if let Some(secret) = self.secret_at(path) {
+            return secret.get(property);
+        }
         let thread = self.at(path)?;
         match property {
             "type" => Ok(json!("iothread")),
@@ -227,6 +273,9 @@ impl Objects {
     /// # Errors
     /// No such object or property, or a value out of range.
     pub fn set(&self, path: &str, property: &str, value: &Value) -> Result<(), QmpError> {
+        if self.secret_at(path).is_some() {
+            return Err(QmpError::generic(format!("Property '{property}' is not writable")));
+        }
         let thread = self.at(path)?;
         if ["type", "thread-id"].contains(&property) {
             return Err(QmpError::generic(format!("Property '{property}' is not writable")));
@@ -250,7 +299,11 @@ impl Objects {
             "/" => Ok(vec![info("type", "string"), info("objects", "child<container>")]),
             ROOT | "/objects/" => Ok(std::iter::once(info("type", "string"))
                 .chain(self.iothreads.keys().map(|id| info(id, "child<iothread>")))
+                .chain(self.secrets.keys().map(|id| info(id, "child<secret>")))
                 .collect()),
+            _ if self.secret_at(path).is_some() => {
+                Ok(secret::PROPERTIES.iter().map(|(name, kind)| info(name, kind)).collect())
+            }
             _ => {
                 self.at(path)?;
                 Ok([info("type", "string"), info("thread-id", "int")]
@@ -260,6 +313,10 @@ impl Objects {
             }
         }
     }
+}
+
+fn id_of(path: &str) -> &str {
+    path.strip_prefix(ROOT).and_then(|p| p.strip_prefix('/')).unwrap_or(path)
 }
 
 fn find(property: &str) -> Result<&'static Property, QmpError> {

@@ -51,9 +51,10 @@ pub fn register(commands: &mut Commands<State>) {
         "object-add",
         "Creates an object.",
         |daemon: State, options: ObjectOptions| async move {
-            daemon.objects.borrow_mut().add(options)?;
-            daemon.ready_graph_if_any();
-            Ok(())
+            match options {
+                ObjectOptions::Iothread(o) => daemon.add_iothread(o),
+                ObjectOptions::Secret(o) => daemon.add_secret(o).await,
+            }
         },
     );
     commands.register(
