@@ -12,21 +12,23 @@
 //! | `alloc/` | host clusters |
 //! | `commit/` | the order in which changes reach the disk |
 //! | `check/` | checking and repairing |
+//! | `snapshot/` | internal snapshots |
 //! | `codec.rs` | compressed clusters |
 //!
 //! Called by the graph; must not reach anything but its children.
 
 mod alloc;
-pub(crate) mod check;
-pub(crate) mod codec;
+pub mod check;
+pub mod codec;
 mod commit;
 mod crypt;
-pub(crate) mod format;
+pub mod format;
 mod io;
 mod node;
 mod open;
 mod options;
 mod settings;
+mod snapshot;
 mod table;
 
 use graph::{DriverDef, DriverKind};

@@ -14,14 +14,14 @@ use graph::{BlockError, CheckFix, Errno, NodeIo, OpenContext, Opened, Result, Ro
 use host::IoVecs;
 use serde_json::{Map, Value, json};
 
-use super::check::{self, NodeStorage};
 use super::alloc::{Kind, PassDiscard, Space, SpaceConfig};
+use super::check::{self, NodeStorage};
 use super::commit::{Commits, HeaderIo, Health};
 use super::crypt;
 use super::format::snapshot::{self, Snapshot, Step};
 use super::format::{
-    AUTOCLEAR_DATA_FILE_RAW, Geometry, Header, MAX_CLUSTER_BITS, MAX_SNAPSHOT_EXTRA, MIN_CLUSTER_BITS, OFFSET_MASK,
-    Policy,
+    AUTOCLEAR_DATA_FILE_RAW, Geometry, Header, MAX_CLUSTER_BITS, MAX_SNAPSHOT_EXTRA, MIN_CLUSTER_BITS,
+    OFFSET_MASK, Policy,
 };
 use super::node::{FILE, NO_BACKING, Qcow2, Settings};
 use super::options::{BlockdevRefOrNull, Qcow2Options};
@@ -82,8 +82,14 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     }
     let space = make_space(&cx, &image, &settings, &health, &header_io, geo)?;
     let sector = u64::from(cx.child(FILE)?.driver().limits().request_alignment.max(512));
-    let tables =
-        Tables::new(geo, image.header.l1_offset, &image.l1, settings.l2_cache_size, settings.l2_slice_size, sector);
+    let tables = Tables::new(
+        geo,
+        image.header.l1_offset,
+        &image.l1,
+        settings.l2_cache_size,
+        settings.l2_slice_size,
+        sector,
+    );
     let backing_size = match backing {
         Some(index) => cx.child(index)?.size(),
         None => NO_BACKING,
@@ -116,7 +122,7 @@ pub(super) async fn read_bytes(io: &NodeIo, offset: u64, len: u64) -> Result<Vec
 }
 
 /// Big-endian words of a table.
-fn words(raw: &[u8]) -> Vec<u64> {
+pub(super) fn words(raw: &[u8]) -> Vec<u64> {
     raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect()
 }
 
@@ -242,7 +248,9 @@ async fn open_data_file(
 ) -> Result<Option<usize>> {
     if !header.has_data_file() {
         if options.data_file.is_some() {
-            return Err(BlockError::invalid("'data-file' can only be set for images with an external data file"));
+            return Err(BlockError::invalid(
+                "'data-file' can only be set for images with an external data file",
+            ));
         }
         return Ok(None);
     }
@@ -252,8 +260,9 @@ async fn open_data_file(
     let reference = match (&options.data_file, &header.data_file) {
         (Some(reference), _) => reference.clone(),
         (None, Some(name)) => {
-            let name = plain_name(name)
-                .ok_or_else(|| BlockError::invalid("The name of the data file is not a plain path; give 'data-file'"))?;
+            let name = plain_name(name).ok_or_else(|| {
+                BlockError::invalid("The name of the data file is not a plain path; give 'data-file'")
+            })?;
             let path = beside(image, &name).ok_or_else(|| no_directory(&name))?;
             BlockdevRef::Inline(protocol(&path))
         }
@@ -321,7 +330,9 @@ fn stored_backing(
     let below = protocol(&path);
     Ok(match format.as_str() {
         "file" | "host_device" => below,
-        _ => extend(Map::from_iter([("driver".into(), json!(format)), ("file".into(), Value::Object(below))])),
+        _ => {
+            extend(Map::from_iter([("driver".into(), json!(format)), ("file".into(), Value::Object(below))]))
+        }
     })
 }
 
@@ -336,7 +347,9 @@ fn chain_of(options: &Qcow2Options, image: &str) -> Result<Vec<String>> {
         return Err(BlockError::invalid(format!("Backing file '{image}' creates an infinite loop.")));
     }
     if chain.len() >= MAX_CHAIN {
-        return Err(BlockError::invalid(format!("A chain of more than {MAX_CHAIN} backing files is not opened")));
+        return Err(BlockError::invalid(format!(
+            "A chain of more than {MAX_CHAIN} backing files is not opened"
+        )));
     }
     chain.push(id);
     Ok(chain)
@@ -363,7 +376,9 @@ fn beside(image: &str, name: &str) -> Option<PathBuf> {
 }
 
 fn no_directory(name: &str) -> BlockError {
-    BlockError::invalid(format!("Cannot use relative file name '{name}': the image is not a file of this host"))
+    BlockError::invalid(format!(
+        "Cannot use relative file name '{name}': the image is not a file of this host"
+    ))
 }
 
 /// Options of the node for a path.

@@ -168,6 +168,8 @@ impl Space {
             {
                 log::debug!("a freed range of an image could not be given up: {e}");
             }
+            // Whatever it was, it is that no longer.
+            self.remove_metadata(start << bits, len << bits);
             let mut state = lock(&self.state);
             state.free.add(start, len);
             self.relieve(&mut state);

@@ -32,8 +32,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, Truncate, WriteFlags,
-    ZeroFlags, default_child_perm,
+    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, SnapshotRef,
+    Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 
@@ -108,6 +108,22 @@ impl Driver for Qcow2 {
 
     fn snapshots(&self) -> Vec<SnapshotInfo> {
         self.snapshot_list()
+    }
+
+    fn supports_snapshots(&self) -> bool {
+        self.data_file.is_none()
+    }
+
+    fn snapshot_create<'a>(&'a self, io: &'a NodeIo, new: NewSnapshot) -> BoxFut<'a, SnapshotInfo> {
+        Box::pin(self.make_snapshot(io, new))
+    }
+
+    fn snapshot_apply<'a>(&'a self, io: &'a NodeIo, which: SnapshotRef) -> BoxFut<'a, ()> {
+        Box::pin(async move { self.return_to_snapshot(io, &which).await })
+    }
+
+    fn snapshot_delete<'a>(&'a self, io: &'a NodeIo, which: SnapshotRef) -> BoxFut<'a, SnapshotInfo> {
+        Box::pin(async move { self.remove_snapshot(io, &which).await })
     }
 
     fn backing_child(&self) -> Option<usize> {
