@@ -1,12 +1,14 @@
 //! ringblk: a vhost-user-blk backend in front of a block graph. This file wires and does nothing else.
 //!
-//! Order: descriptors, command line, daemon, log, limits, signals, then `daemon::start::run`.
+//! `ringblk img` is a tool of its own (`img`). Everything else is the daemon, in this order: descriptors, command line,
+//! daemon, log, limits, signals, then `daemon::start::run`.
 
 #![forbid(unsafe_code)]
 
 mod blk;
 mod daemon;
 mod export;
+mod img;
 mod process;
 mod vhost_user;
 
@@ -20,6 +22,10 @@ use process::signals::Signals;
 use process::{EXIT_FAILURE, EXIT_OK, limits, logging};
 
 fn main() -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    if args.next().is_some_and(|first| first == "img") {
+        return img::main(args);
+    }
     // First, before any descriptor is opened that could be taken for an inherited one.
     let passed = PassedFds::from_env();
     let result = match cli::parse(std::env::args_os().skip(1)) {
