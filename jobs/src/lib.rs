@@ -9,11 +9,13 @@
 //! | [`control`] | what a piece of work and its owner share across threads: progress, rate, pausing, cancelling |
 //! | [`hold`] | a job's use of a node, with its requests bracketed so that drains end |
 //! | [`copy`] | the copy engine |
+//! | [`check`] | checking an image that is in use |
 //! | [`create`] | creating images |
 //! | [`job`] | states, verbs, groups, queries and events |
 
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod control;
 pub mod copy;
 pub mod create;

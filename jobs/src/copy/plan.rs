@@ -165,7 +165,10 @@ impl Plan {
     }
 }
 
-/// What a source has at a range; only its own layer, or with everything below.
-async fn content(io: &NodeIo, offset: u64, len: u64, _top_only: bool) -> Result<BlockStatus> {
-    io.block_status(offset, len).await
+/// What a source has at a range: with everything below it, or only in its own layer.
+async fn content(io: &NodeIo, offset: u64, len: u64, top_only: bool) -> Result<BlockStatus> {
+    if top_only {
+        return io.block_status(offset, len).await;
+    }
+    Ok(io.status_above(None, offset, len).await?.status)
 }

@@ -23,12 +23,16 @@ struct Rig {
 
 impl Rig {
     fn new(threads: usize) -> Rig {
+        Rig::with(threads, drivers::ALL.iter().copied())
+    }
+
+    fn with(threads: usize, drivers: impl Iterator<Item = graph::DriverDef>) -> Rig {
         let start = |i| {
             let options = IoThreadOptions { name: format!("copy{i}"), ..IoThreadOptions::default() };
             IoThread::start(options).unwrap()
         };
         let threads: Vec<_> = (0..threads).map(start).collect();
-        let registry = Registry::new(drivers::ALL.iter().copied());
+        let registry = Registry::new(drivers);
         let graph = Graph::new(registry, threads.first().cloned());
         Rig { graph, threads, dir: tempfile::tempdir().unwrap() }
     }
@@ -164,6 +168,89 @@ fn compression_is_refused_where_the_target_has_none() {
     let options = CopyOptions { compressed: true, buffer: 64 << 10, ..CopyOptions::default() };
     let e = rig.copy(&["from"], &options).unwrap_err();
     assert_eq!(e.errno(), Errno::ENOTSUP);
+}
+
+#[test]
+fn salvage_leaves_out_what_cannot_be_read_and_says_so() {
+    let rig = Rig::with(1, drivers::ALL.iter().copied().chain([bad::DEF]));
+    rig.empty("to", bad::SIZE);
+    block_on(rig.graph.blockdev_add(json!({"driver": "bad", "node-name": "from"}))).unwrap();
+    let e = rig.copy(&["from"], &CopyOptions::default()).unwrap_err();
+    assert_eq!(e.errno(), Errno::EIO);
+    assert!(e.to_string().starts_with("error while reading at byte 0: "), "{e}");
+    let options = CopyOptions { salvage: true, tasks: 1, ..CopyOptions::default() };
+    let report = rig.copy(&["from"], &options).unwrap();
+    let entry = |offset, len| Unreadable { offset, len, errno: Errno::EIO };
+    // Two sectors side by side are one entry.
+    assert_eq!(report.unreadable, [entry(512 * 10, 1024), entry(512 * 300, 512)]);
+    assert_eq!(report.unreadable_bytes, 1536);
+    let mut expected = vec![0x5a; bad::SIZE as usize];
+    for sector in bad::SECTORS {
+        expected[sector as usize * 512..][..512].fill(0);
+    }
+    assert!(rig.content("to") == expected);
+}
+
+/// A disk with bad sectors.
+mod bad {
+    use super::*;
+    use graph::{
+        BlockStatus, BoxFut, Driver, DriverDef, DriverKind, Limits, Map, NodeIo, Op, Opened, Roles,
+        StatusFlags, WriteFlags,
+    };
+
+    pub const SIZE: u64 = 1 << 20;
+    pub const SECTORS: [u64; 3] = [10, 11, 300];
+
+    pub const DEF: DriverDef = DriverDef {
+        name: "bad",
+        kind: DriverKind::Protocol,
+        schema: || schemars::Schema::default(),
+        open: |_, _| Box::pin(std::future::ready(Ok(Opened::new(Bad)))),
+        create: None,
+    };
+
+    struct Bad;
+
+    impl Driver for Bad {
+        fn map(&self, _: Op, _: u64, _: u64) -> Map<'_> {
+            Map::Drive
+        }
+        fn size(&self) -> u64 {
+            SIZE
+        }
+        fn limits(&self) -> Limits {
+            Limits { request_alignment: 512, ..Limits::default() }
+        }
+        fn read<'a>(&'a self, _: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
+            let hit = move |s: &u64| s * 512 < offset + bufs.len() as u64 && (s + 1) * 512 > offset;
+            Box::pin(async move {
+                if SECTORS.iter().any(hit) {
+                    return Err(Errno::EIO.into());
+                }
+                bufs.fill(0x5a);
+                Ok(())
+            })
+        }
+        fn write<'a>(&'a self, _: &'a NodeIo, _: u64, _: &'a IoVecs, _: WriteFlags) -> BoxFut<'a, ()> {
+            graph::not_supported()
+        }
+        fn flush<'a>(&'a self, _: &'a NodeIo) -> BoxFut<'a, ()> {
+            Box::pin(std::future::ready(Ok(())))
+        }
+        // Its status cannot be told either: salvage goes on all the same.
+        fn block_status<'a>(&'a self, _: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, BlockStatus> {
+            let flags = StatusFlags::DATA | StatusFlags::ALLOCATED;
+            Box::pin(std::future::ready(if offset >= SIZE / 2 {
+                Err(Errno::EIO.into())
+            } else {
+                Ok(BlockStatus { flags, len: len.min(SIZE / 2 - offset), location: None })
+            }))
+        }
+        fn child_perm(&self, _: usize, _: Roles, _: Perm, _: Perm) -> (Perm, Perm) {
+            (Perm::NONE, Perm::ALL)
+        }
+    }
 }
 
 #[test]

@@ -288,6 +288,16 @@ impl Job {
         self.state.borrow().error.as_ref().map(ToString::to_string)
     }
 
+    /// Its sort.
+    pub fn kind(&self) -> JobType {
+        self.work.kind()
+    }
+
+    /// What it found out, for a query of its own.
+    pub fn outcome(&self) -> Option<serde_json::Value> {
+        self.work.outcome()
+    }
+
     fn emit(&self, event: JobEvent) {
         if let Some(jobs) = self.jobs.upgrade() {
             (jobs.emit)(event);

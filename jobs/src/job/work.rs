@@ -73,6 +73,11 @@ pub trait Work: 'static {
         false
     }
 
+    /// What it found out, for a query of its own.
+    fn outcome(&self) -> Option<serde_json::Value> {
+        None
+    }
+
     /// Progress for the queries, where it is not counted in the [`Control`].
     fn progress(&self) -> Option<(u64, u64)> {
         None
@@ -86,6 +91,11 @@ pub struct Site {
 }
 
 impl Site {
+    /// The job's id.
+    pub fn id(&self) -> &str {
+        &self.job.id
+    }
+
     /// Progress, rate, pausing and cancelling.
     pub fn control(&self) -> &Arc<Control> {
         &self.job.control

@@ -192,8 +192,47 @@ macro_rules! job_verb {
     };
 }
 
+/// `block-check`
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct BlockCheck {
+    /// The job's id.
+    job_id: String,
+    /// The node.
+    node_name: String,
+}
+
+fn check(commands: &mut Commands<State>) {
+    commands.register(
+        "block-check",
+        "Looks for contradictions in the metadata of an image that is in use, as a job; repairs nothing. Requests wait \
+         while it looks, for as long as it takes to read the metadata. The job stays until it is dismissed; \
+         `query-block-check` tells what it found. QEMU has no such command.",
+        |daemon: State, a: BlockCheck| async move {
+            daemon.ready_graph()?;
+            let thread = daemon.own_iothread()?;
+            jobs::check::start(&daemon.jobs, &daemon.graph, thread, &a.job_id, &a.node_name).map_err(block)?;
+            Ok(())
+        },
+    );
+    commands
+        .register_value(
+            "query-block-check",
+            "Tells what a check has found. QEMU has no such command.",
+            |schema| schema.object_from::<JobId>(),
+            |schema| schema.returns::<jobs::check::BlockCheckReport>(),
+            |daemon: State, arguments| async move {
+                let a: JobId =
+                    serde_json::from_value(arguments).map_err(|e| QmpError::generic(e.to_string()))?;
+                jobs::check::report(&daemon.jobs, &a.id).map_err(block)
+            },
+        )
+        .concurrent();
+}
+
 pub fn register(commands: &mut Commands<State>, registry: &Registry) {
     create(commands, registry);
+    check(commands);
     verbs(commands);
     block_verbs(commands);
     commands
