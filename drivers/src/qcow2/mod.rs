@@ -11,6 +11,7 @@
 //! | `io/` | requests |
 //! | `alloc/` | host clusters |
 //! | `commit/` | the order in which changes reach the disk |
+//! | `create.rs` | new images |
 //! | `check/` | checking and repairing |
 //! | `snapshot/` | internal snapshots |
 //! | `codec.rs` | compressed clusters |
@@ -21,6 +22,7 @@ mod alloc;
 pub mod check;
 pub mod codec;
 mod commit;
+mod create;
 mod crypt;
 pub mod format;
 mod io;
@@ -31,7 +33,7 @@ mod settings;
 mod snapshot;
 mod table;
 
-use graph::{DriverDef, DriverKind};
+use graph::{CreateDef, DriverDef, DriverKind};
 
 use options::Qcow2Options;
 
@@ -41,5 +43,8 @@ pub(crate) const QCOW2: DriverDef = DriverDef {
     kind: DriverKind::Format,
     schema: || schemars::schema_for!(Qcow2Options),
     open: |cx, value| Box::pin(open::open(cx, value)),
-    create: None,
+    create: Some(CreateDef {
+        schema: || schemars::schema_for!(create::Qcow2CreateOptions),
+        create: |cx, value| Box::pin(create::create(cx, value)),
+    }),
 };

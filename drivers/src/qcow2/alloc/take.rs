@@ -8,8 +8,10 @@ use graph::{BlockError, Errno, NodeIo, Result, StatusFlags, ZeroFlags};
 
 use super::{Extent, Space, lock};
 
-/// Refcount blocks looked at in one allocation before the file is rather grown.
+/// Refcount blocks looked at in one allocation before the file is rather grown: so many, and more of small ones, up to as
+/// many clusters.
 const SCANS: u32 = 4;
+const SCANNED_CLUSTERS: u64 = 1 << 16;
 /// A free run that is used for a reservation even if it is shorter than asked, bytes.
 const GOOD_RUN: u64 = 1 << 20;
 
@@ -110,7 +112,7 @@ impl Space {
         let mut picky = picky;
         let mut released = false;
         let mut drained = false;
-        let mut scans = SCANS;
+        let mut scans = SCANS.max((SCANNED_CLUSTERS >> self.geo.refblock_bits()) as u32);
         loop {
             if let Some((start, len)) = self.candidate(want, contiguous, picky) {
                 match self.take_run(file, start, len, contiguous).await? {

@@ -106,6 +106,13 @@ impl Image {
         Some((n("corruptions"), n("leaks")))
     }
 
+    /// `qemu-img check -r all`.
+    pub(crate) fn repair(&self) {
+        let path = self.path();
+        let args = ["check", "-q", "-r", "all", "-f", "qcow2", path.to_str().unwrap()];
+        let _ = std::process::Command::new("qemu-img").args(args).output();
+    }
+
     /// The refcount of every cluster of the file, as on disk.
     fn counts(&self) -> Vec<u64> {
         let bytes = std::fs::read(self.path()).unwrap();
@@ -224,9 +231,15 @@ fn metadata_is_known_by_cluster_and_kind() {
 
 #[test]
 fn every_width_and_size_grows_blocks_and_tables() {
-    for (cluster_bits, order, clusters) in
-        [(9, 6, 5000), (9, 0, 9000), (9, 4, 20000), (10, 5, 9000), (12, 3, 5000), (12, 1, 17000), (16, 4, 40000)]
-    {
+    for (cluster_bits, order, clusters) in [
+        (9, 6, 5000),
+        (9, 0, 9000),
+        (9, 4, 20000),
+        (10, 5, 9000),
+        (12, 3, 5000),
+        (12, 1, 17000),
+        (16, 4, 40000),
+    ] {
         let image = Image::new(cluster_bits, order);
         let got = image.run(1, Faults { latency: 0..=100, ..Faults::default() }, move |open| async move {
             let mut got = BTreeSet::new();
@@ -291,7 +304,7 @@ fn sharing_fails_as_a_whole_where_a_count_is_full() {
         }
         assert!(open.commits.is_fine());
         // A reference to what is free is damage.
-        let far = e.offset + (200 << 12);
+        let far = e.offset + (2000 << 12);
         assert!(open.space.add_refs(&open.file, &[(far, 4096)]).await.is_err());
         assert!(!open.commits.is_fine());
     });
@@ -414,9 +427,8 @@ fn holes_of_another_writer_are_found_a_few_blocks_at_a_time() {
 #[test]
 fn a_full_file_says_so_and_stays_whole() {
     // No write reaches past 2 MiB.
-    let full = |e: &sim::Event| {
-        (matches!(e.kind, OpKind::Write { .. }) && e.offset + e.len > 2 << 20).then_some(28)
-    };
+    let full =
+        |e: &sim::Event| (matches!(e.kind, OpKind::Write { .. }) && e.offset + e.len > 2 << 20).then_some(28);
     let image = Image::new(16, 4);
     image.run(1, Faults { fail: Some(Box::new(full)), ..Faults::default() }, |open| async move {
         let mut n = 0;
