@@ -52,7 +52,11 @@ impl Rig {
                 std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
             }
         }
-        let def = *self.graph.registry().get("luks").unwrap();
+        self.create_with("luks", options)
+    }
+
+    fn create_with(&self, driver: &str, options: Value) -> Result<(), String> {
+        let def = *self.graph.registry().get(driver).unwrap();
         let cx = CreateContext::new(self.graph.clone(), Arc::new(JobControl::default()));
         block_on((def.create.unwrap().create)(cx, options)).map_err(|e| e.to_string())
     }
@@ -409,4 +413,110 @@ fn a_child_may_be_a_node_that_exists() {
     file["node-name"] = json!("below");
     block_on(rig.graph.blockdev_add(file)).unwrap();
     rig.open(json!({"file": "below", "key-secret": "key"})).unwrap();
+}
+
+/// Options of a qcow2 node over `image`.
+fn qcow2(rig: &Rig, format: &str) -> Value {
+    json!({"driver": "qcow2", "file": rig.file("image"), "encrypt": {"format": format, "key-secret": "key"}})
+}
+
+/// What QEMU reads of the qcow2 image, or of a snapshot in it.
+fn content(rig: &Rig, snapshot: Option<&str>) -> Vec<u8> {
+    let (image, raw) = (rig.path("image"), rig.path("raw"));
+    let image = format!("driver=qcow2,file.filename={image},encrypt.key-secret=key");
+    let mut args = vec!["convert", "--image-opts", &image, "-O", "raw"];
+    let snapshot = snapshot.map(|s| format!("snapshot.name={s}"));
+    if let Some(snapshot) = &snapshot {
+        args.extend(["-l", snapshot]);
+    }
+    args.push(&raw);
+    qemu("qemu-img", &args);
+    std::fs::read(&raw).unwrap()
+}
+
+fn check_qcow2(rig: &Rig) {
+    let image = format!("driver=qcow2,file.filename={},encrypt.key-secret=key", rig.path("image"));
+    qemu("qemu-img", &["check", "--image-opts", &image]);
+}
+
+/// What one side writes the other reads, in an encrypted qcow2 image; with clusters that are shared with a snapshot, so that they
+/// move and are encrypted anew.
+fn exchange(rig: &Rig, format: &str) {
+    let data = noise(SIZE as usize);
+    rig.write(qcow2(rig, format), &data);
+    check_qcow2(rig);
+    assert!(content(rig, None) == data, "{format}: what we wrote");
+    let image = format!("driver=qcow2,file.filename={},encrypt.key-secret=key", rig.path("image"));
+    qemu("qemu-img", &["snapshot", "--image-opts", "-c", "before", &image]);
+    qemu("qemu-io", &["--image-opts", &image, "-c", "write -P 0x5a 70000 300000"]);
+    let mut now = data.clone();
+    now[70_000..370_000].fill(0x5a);
+    assert!(rig.read(qcow2(rig, format), SIZE as usize) == now, "{format}: what QEMU wrote");
+    // 100,000 bytes from 0: an end inside of a cluster that the snapshot holds, too.
+    let more = vec![0xa5; 100_000];
+    rig.write(qcow2(rig, format), &more);
+    now[..100_000].copy_from_slice(&more);
+    check_qcow2(rig);
+    assert!(content(rig, None) == now, "{format}: after copying on write");
+    assert!(content(rig, Some("before")) == data, "{format}: the snapshot");
+}
+
+#[test]
+fn a_qcow2_image_we_encrypt_is_one_to_qemu() {
+    if tool("qemu-img", &["--version"]).is_none() {
+        return;
+    }
+    for more in [
+        json!({}),
+        json!({"cipher-alg": "twofish-128", "cipher-mode": "cbc", "ivgen-alg": "essiv", "hash-alg": "sha1"}),
+    ] {
+        let rig = Rig::new();
+        std::fs::write(rig.path("image"), b"").unwrap();
+        let mut encrypt = json!({"format": "luks", "key-secret": "key", "iter-time": 1});
+        encrypt.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let options = json!({"file": rig.file("image"), "size": SIZE, "encrypt": encrypt});
+        rig.create_with("qcow2", options).unwrap();
+        check_qcow2(&rig);
+        assert!(content(&rig, None).iter().all(|b| *b == 0), "a new image reads as zeroes");
+        exchange(&rig, "luks");
+    }
+}
+
+#[test]
+fn a_qcow2_image_qemu_encrypts_is_one_to_us() {
+    for format in ["luks", "aes"] {
+        let rig = Rig::new();
+        let iterations = if format == "luks" { ",encrypt.iter-time=1" } else { "" };
+        let options = format!("encrypt.format={format},encrypt.key-secret=key{iterations}");
+        let args = ["create", "-q", "-f", "qcow2", "-o", &options, &rig.path("image"), &SIZE.to_string()];
+        if qemu("qemu-img", &args).is_none() {
+            return;
+        }
+        exchange(&rig, format);
+    }
+}
+
+#[test]
+fn an_encrypted_qcow2_image_is_not_opened_without_its_key() {
+    let rig = Rig::new();
+    std::fs::write(rig.path("image"), b"").unwrap();
+    let encrypt = json!({"format": "luks", "key-secret": "key", "iter-time": 1});
+    let options = json!({"file": rig.file("image"), "size": SIZE, "encrypt": encrypt});
+    rig.create_with("qcow2", options).unwrap();
+    let refused = |encrypt: Value| {
+        let mut options = json!({"driver": "qcow2", "file": rig.file("image")});
+        if !encrypt.is_null() {
+            options["encrypt"] = encrypt;
+        }
+        rig.open(options).unwrap_err()
+    };
+    assert_eq!(refused(Value::Null), "Parameter 'encrypt.key-secret' is required for cipher");
+    assert_eq!(
+        refused(json!({"format": "luks", "key-secret": "wrong"})),
+        "Invalid password, cannot unlock any keyslot"
+    );
+    assert_eq!(
+        refused(json!({"format": "aes", "key-secret": "key"})),
+        "Header reported 'luks' encryption format but options specify 'aes'"
+    );
 }

@@ -100,7 +100,7 @@ pub enum OverlapCheck {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EncryptFormat {
-    /// AES-CBC with a bare password as its key, as in images of long ago. Refused: it protects nothing.
+    /// AES-CBC with a bare password as its key, as in images of long ago. It protects little.
     Aes,
     /// LUKS, version 1.
     Luks,

@@ -48,7 +48,7 @@ pub mod field {
 pub enum CryptMethod {
     /// Plain.
     None,
-    /// AES-CBC of old: only ever parsed for inspection.
+    /// AES-CBC of old, with the passphrase itself as key.
     Aes,
     /// LUKS1.
     Luks,
@@ -71,7 +71,7 @@ pub struct Policy {
     /// It will be checked or repaired: a corrupt one, one without a refcount table and one with a bad snapshot table
     /// pointer are taken.
     pub check: bool,
-    /// Only its header is looked at: legacy encryption is taken.
+    /// Only its header is looked at: no key is needed.
     pub inspect: bool,
 }
 
@@ -206,7 +206,7 @@ impl Header {
             return Err(e);
         }
         let geometry = geometry(c, v3, cluster_bits, incompatible)?;
-        let crypt = crypt(u32_at(c, 32), policy)?;
+        let crypt = crypt(u32_at(c, 32))?;
 
         let mut header = Header {
             version,
@@ -486,14 +486,10 @@ fn geometry(c: &[u8], v3: bool, cluster_bits: u32, incompatible: u64) -> Result<
     )
 }
 
-fn crypt(method: u32, policy: Policy) -> Result<CryptMethod, ParseError> {
+fn crypt(method: u32) -> Result<CryptMethod, ParseError> {
     match method {
         0 => Ok(CryptMethod::None),
-        1 if policy.inspect => Ok(CryptMethod::Aes),
-        1 => {
-            let text = "Use of AES-CBC encrypted qcow2 images is no longer supported in system emulators";
-            Err(ParseError::unsupported("crypt_method", 32, text))
-        }
+        1 => Ok(CryptMethod::Aes),
         2 => Ok(CryptMethod::Luks),
         other => {
             Err(ParseError::invalid("crypt_method", 32, format!("Unsupported encryption method {other}")))
