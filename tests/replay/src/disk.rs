@@ -37,6 +37,8 @@ pub enum Change {
     Truncate,
     /// Everything that completed before this started is durable when this has completed.
     Flush,
+    /// A flush that failed: what it should have made durable may never become so, whatever a later flush says.
+    FailedFlush,
 }
 
 /// One logged operation, in the order of taking effect.
@@ -79,6 +81,7 @@ struct State {
     rng: Option<Rng>,
     rule: Option<Rule>,
     attempts: u64,
+    struck: bool,
 }
 
 struct Shared {
@@ -212,6 +215,11 @@ impl Disk {
         self.state().rule = rule;
     }
 
+    /// Whether a rule has failed something.
+    pub fn struck(&self) -> bool {
+        self.state().struck
+    }
+
     /// Operations so far that a rule was, or would have been, asked about.
     pub fn attempts(&self) -> u64 {
         self.state().attempts
@@ -295,6 +303,12 @@ impl MemoryFile {
         if let Some(rule) = state.rule.as_mut() {
             let file = state.names.get(self.file).map_or("", String::as_str);
             if let Some(errno) = rule(Attempt { nth, file, kind }) {
+                state.struck = true;
+                if kind == "flush" && state.recording {
+                    let (file, done) = (self.file, self.shared.tick());
+                    let change = Change::FailedFlush;
+                    state.log.push(Entry { file, offset, change, started, done, fua: false });
+                }
                 return Err(Errno::from_raw(errno).into());
             }
         }
@@ -321,7 +335,7 @@ pub fn apply(image: &mut Image, offset: u64, change: &Change) -> bool {
             image.zero(offset, len)
         }
         Change::Truncate => image.truncate(offset),
-        Change::Flush => true,
+        Change::Flush | Change::FailedFlush => true,
     }
 }
 

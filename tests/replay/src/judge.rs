@@ -56,6 +56,18 @@ pub struct Tally {
     pub read: u64,
 }
 
+impl Tally {
+    /// Adds another one.
+    pub fn add(&mut self, other: &Tally) {
+        self.states += other.states;
+        self.opened += other.opened;
+        self.qemu += other.qemu;
+        self.leaky += other.leaky;
+        self.dirty += other.dirty;
+        self.read += other.read;
+    }
+}
+
 /// Judges states of one subject.
 pub struct Judge<'a> {
     subject: &'a Subject,
@@ -119,7 +131,7 @@ impl<'a> Judge<'a> {
         }
         if let Some(disk) = &seen {
             self.tally.read += 1;
-            expect.check(disk)?;
+            expect.check_with(disk, self.junk(state))?;
         }
         if self.rigour.open != 0 && self.rng.one_in(self.rigour.open) {
             self.tally.opened += 1;
@@ -131,6 +143,11 @@ impl<'a> Judge<'a> {
             self.qemu(state, expect)?;
         }
         Ok(())
+    }
+
+    /// Whether the guest may see junk where it discarded.
+    fn junk(&self, state: &State) -> bool {
+        state.mean && self.subject.discards_in_place
     }
 
     fn file<'b>(&self, files: &'b [(String, Image)], name: &str) -> Result<&'b Image, String> {
@@ -193,7 +210,7 @@ impl<'a> Judge<'a> {
         let disk = Disk::with(&state.files);
         let content = {
             let opened = self.rig.open((self.subject.options)(&disk), false)?;
-            let content = use_it(&opened, &disk, expect, seen, number)?;
+            let content = use_it(&opened, &disk, expect, self.junk(state), seen, number)?;
             opened.close()?;
             content
         };
@@ -245,7 +262,9 @@ impl<'a> Judge<'a> {
         if let Verdict::Bad(words) = exported.check(&source)? {
             return Err(words);
         }
-        expect.check(&exported.content(&source)?).map_err(|e| format!("read by QEMU: {e}"))
+        expect
+            .check_with(&exported.content(&source)?, self.junk(state))
+            .map_err(|e| format!("read by QEMU: {e}"))
     }
 
     /// What QEMU says of a state that somebody complained about, for the message.
@@ -283,11 +302,12 @@ fn use_it(
     opened: &Opened<'_>,
     disk: &Disk,
     expect: &Expect<'_>,
+    junk: bool,
     seen: Option<&[u8]>,
     number: u64,
 ) -> Result<Vec<u8>, String> {
     let content = opened.run(number, |io| async move { read_all(&io).await })?;
-    expect.check(&content)?;
+    expect.check_with(&content, junk)?;
     if let Some(seen) = seen {
         compare(seen, &content).map_err(|e| format!("the driver reads something else: {e}"))?;
     }

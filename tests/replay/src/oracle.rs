@@ -76,6 +76,8 @@ enum Value {
     /// As before the run.
     Initial,
     Zero,
+    /// Zero, or whatever a disk shows of a place that was given up.
+    Discarded,
     Stamp(u64),
     /// As in the content of this event.
     Content(usize),
@@ -178,7 +180,8 @@ impl History {
             let durable = ack.is_some_and(|a| a < horizon || own);
             let (range, value) = match event.what {
                 What::Stamp => (event.first..event.first + event.count, Value::Stamp(number as u64)),
-                What::Zero | What::Discard => (event.first..event.first + event.count, Value::Zero),
+                What::Zero => (event.first..event.first + event.count, Value::Zero),
+                What::Discard => (event.first..event.first + event.count, Value::Discarded),
                 What::Content(_) => (0..total as u64, Value::Content(number)),
                 // What a disk loses and gets again is zero.
                 What::Resize(size) => (size..total as u64, Value::Zero),
@@ -222,12 +225,20 @@ impl Expect<'_> {
     /// # Errors
     /// The first sector that cannot be, in words.
     pub fn check(&self, disk: &[u8]) -> Result<(), String> {
+        self.check_with(disk, false)
+    }
+
+    /// As [`Expect::check`]; `junk`: what was discarded may be anything.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_with(&self, disk: &[u8], junk: bool) -> Result<(), String> {
         if !self.sizes().contains(&(disk.len() as u64)) {
             return Err(format!("the disk has {} bytes, must have one of {:?}", disk.len(), self.sizes()));
         }
         let mut first = None;
         for values in &self.alternatives {
-            match self.check_one(values, disk) {
+            match self.check_one(values, disk, junk) {
                 Ok(()) => return Ok(()),
                 Err(e) => first = first.or(Some(e)),
             }
@@ -235,13 +246,14 @@ impl Expect<'_> {
         Err(first.unwrap_or_default())
     }
 
-    fn check_one(&self, values: &[Vec<Value>], disk: &[u8]) -> Result<(), String> {
+    fn check_one(&self, values: &[Vec<Value>], disk: &[u8], junk: bool) -> Result<(), String> {
         for (sector, data) in disk.chunks(SECTOR).enumerate() {
             let none = Vec::new();
             let allowed = values.get(sector).unwrap_or(&none);
             let found = stamp::recognise(data);
             let fits = |value: &Value| match *value {
                 Value::Zero => found == Found::Zero,
+                Value::Discarded => junk || found == Found::Zero,
                 Value::Stamp(number) => found == Found::Stamp { lba: sector as u64, number },
                 Value::Initial => part(&self.history.initial, sector, data),
                 Value::Content(event) => match self.history.events.get(event).map(|e| &e.what) {

@@ -53,6 +53,8 @@ pub struct Subject {
     pub backing: Option<Vec<u8>>,
     /// Cluster size in sectors.
     pub cluster: u64,
+    /// Discards reach the place the data stays at: on a mean disk the guest sees junk where it discarded.
+    pub discards_in_place: bool,
     /// What may be done.
     pub can: Can,
 }
@@ -283,6 +285,8 @@ impl Qcow2 {
             initial,
             backing,
             cluster: self.cluster / 512,
+            discards_in_place: self.create.contains("data_file=")
+                || self.open.get("discard-no-unref").is_some(),
             can: self.can,
         })
     }

@@ -56,6 +56,8 @@ pub struct State {
     pub at: u64,
     /// The files.
     pub files: Vec<(String, Image)>,
+    /// What was discarded, and may have been, reads as junk.
+    pub mean: bool,
     /// What was made of the operations that were open, for humans.
     pub label: String,
 }
@@ -96,9 +98,14 @@ impl Log {
         let barrier = |i: usize, e: &Entry| e.change == Change::Flush && !void(i, e);
         let flushes: Vec<&Entry> =
             self.entries.iter().enumerate().filter(|(i, e)| barrier(*i, e)).map(|(_, e)| e).collect();
+        let failed: Vec<&Entry> = self.entries.iter().filter(|e| e.change == Change::FailedFlush).collect();
         let durable = |(i, e): (usize, &Entry)| {
             let own = if e.fua && !void(i, e) { e.done } else { u64::MAX };
-            let covers = |f: &&&Entry| f.file == e.file && f.started > e.done;
+            // The kernel tells of a write it could not do once, and forgets it.
+            let forgotten = |f: &Entry| {
+                failed.iter().any(|x| x.file == e.file && x.done > e.done && x.started < f.started)
+            };
+            let covers = |f: &&&Entry| f.file == e.file && f.started > e.done && !forgotten(f);
             flushes.iter().filter(covers).map(|f| f.done).min().unwrap_or(u64::MAX).min(own)
         };
         self.entries.iter().enumerate().map(durable).collect()
@@ -134,7 +141,7 @@ impl Log {
             let mut open = 0;
             let mut tail = Vec::new();
             for (entry, durable) in self.entries.iter().zip(&durable).skip(applied) {
-                if entry.started > at || entry.change == Change::Flush {
+                if entry.started > at || matches!(entry.change, Change::Flush | Change::FailedFlush) {
                     continue;
                 }
                 let certain = *durable <= at;
@@ -156,7 +163,7 @@ impl Log {
     pub fn last(&self) -> State {
         let mut files = self.start.clone();
         self.entries.iter().for_each(|e| done(&mut files, e));
-        State { at: self.end, files, label: "the end".to_owned() }
+        State { at: self.end, files, mean: false, label: "the end".to_owned() }
     }
 }
 
@@ -171,7 +178,7 @@ fn length(entry: &Entry) -> u64 {
     match &entry.change {
         Change::Write(data) => data.len() as u64,
         Change::Zero(len) | Change::Discard(len) => *len,
-        Change::Truncate | Change::Flush => 0,
+        Change::Truncate | Change::Flush | Change::FailedFlush => 0,
     }
 }
 
@@ -245,9 +252,9 @@ impl Epoch<'_> {
             Fate::Torn { .. } => '/',
         };
         let letters: String = fates.iter().map(letter).collect();
-        let mean = if mean.is_some() { ", discards leave junk" } else { "" };
-        let label = format!("epoch {number}, crash at {}, open operations [{letters}]{mean}", self.at);
-        State { at: self.at, files, label }
+        let junk = if mean.is_some() { ", discards leave junk" } else { "" };
+        let label = format!("epoch {number}, crash at {}, open operations [{letters}]{junk}", self.at);
+        State { at: self.at, files, mean: mean.is_some(), label }
     }
 
     #[cfg(test)]
@@ -301,7 +308,7 @@ fn tear(image: &mut Image, entry: &Entry, unit: u64, seed: u64, mean: Option<u64
                     let part = Entry { offset: at, change: Change::Discard(to - at), ..entry.clone() };
                     put(image, &part, mean);
                 }
-                Change::Truncate | Change::Flush => {}
+                Change::Truncate | Change::Flush | Change::FailedFlush => {}
             }
         }
         at = to;
@@ -383,6 +390,18 @@ mod tests {
         };
         log.states(Plan::default(), 1, &|i, _| i == 1, visit).unwrap();
         assert_eq!(lost, 1);
+    }
+
+    #[test]
+    fn what_a_failed_flush_lost_no_later_one_brings_back() {
+        let flush = |change, t| entry(0, 0, change, t, t + 1);
+        let log = log(
+            1,
+            vec![byte(0, 0, 1, 2), flush(Change::FailedFlush, 3), byte(0, 1, 5, 6), flush(Change::Flush, 7)],
+        );
+        let last: Vec<_> =
+            all(&log).into_iter().filter(|(at, _)| *at == 1000).map(|(_, b)| (b[0], b[1])).collect();
+        assert_eq!(last, [(0, 1), (1, 1)]);
     }
 
     #[test]

@@ -33,13 +33,18 @@ pub struct Load {
     pub together: u64,
     /// One in so many requests is a flush.
     pub flush: u64,
+    /// Flushes are sent alone.
+    pub lone: bool,
 }
 
 impl Default for Load {
     fn default() -> Load {
-        Load { seed: 1, sessions: 2, steps: 12, together: 4, flush: 5 }
+        Load { seed: 1, sessions: 2, steps: 12, together: 4, flush: 5, lone: false }
     }
 }
+
+/// The first sector of the flush that closing is.
+pub const CLOSING: u64 = u64::MAX;
 
 /// What happened.
 pub struct Run {
@@ -89,6 +94,7 @@ pub fn run_with(subject: &Subject, load: &Load, rule: Option<Rule>) -> Result<Ru
             let opened = rig.open((subject.options)(&disk), false)?;
             disk.latency(Some(load.seed ^ u64::from(session) << 32));
             let mut worker = Worker::new(subject, load, session, &disk, history.clone());
+            worker.failing = failing;
             let work = opened.run(load.seed, |io| async move {
                 let result = worker.work(&io).await;
                 Ok((result, worker.history.take()))
@@ -97,17 +103,13 @@ pub fn run_with(subject: &Subject, load: &Load, rule: Option<Rule>) -> Result<Ru
             let (result, after) = work?;
             history = after;
             result?;
-            let start = disk.tick();
+            // Closing flushes; who closes is not told when that fails.
+            let closing = history.begin(disk.tick(), What::Flush, CLOSING, 0);
             opened.close()?;
-            // Closing flushes.
-            history.events.push(crate::oracle::Event {
-                start,
-                ack: Some(disk.tick()),
-                first: 0,
-                count: 0,
-                what: What::Flush,
-                fua: false,
-            });
+            if disk.struck() {
+                return Err("the disk failed in this session".to_owned());
+            }
+            history.end(closing, disk.tick());
             Ok(())
         })();
         match result {
@@ -176,7 +178,10 @@ impl Worker {
     async fn together(&mut self, io: &NodeIo) -> Result<(), String> {
         let n = 1 + self.rng.below(self.load.together);
         let sectors = io.size() / SECTOR as u64;
-        let requests: Vec<_> = (0..n).map(|_| self.request(sectors)).collect();
+        let mut requests: Vec<_> = (0..n).map(|_| self.request(sectors)).collect();
+        if self.load.lone && requests.iter().any(|r| r.0 == Kind::Flush) {
+            requests = vec![(Kind::Flush, 0, 0, Way::Driven)];
+        }
         let send = |(kind, first, count, way): (Kind, u64, u64, Way)| {
             let client = Client { io: io.clone(), way };
             let (disk, history) = (self.disk.clone(), Rc::clone(&self.history));

@@ -28,6 +28,7 @@ fn subject(name: &str, image: Image, options: Arc<Options>, sectors: u64) -> Sub
         initial: vec![0; (sectors * 512) as usize],
         backing: None,
         cluster: 1,
+        discards_in_place: true,
         can: Can::default(),
     }
 }
