@@ -17,4 +17,13 @@ mod qcow2;
 mod raw;
 
 /// Every driver, in the order the reference lists them.
-pub const ALL: &[DriverDef] = &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
+pub const ALL: &[DriverDef] =
+    &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
+
+/// Images without a node: what test tools and offline tools need of a format that this crate knows.
+pub mod image {
+    /// qcow2: the format on disk, its compressed clusters, checking and repairing.
+    pub mod qcow2 {
+        pub use crate::qcow2::{check, codec, format};
+    }
+}

@@ -106,3 +106,38 @@ impl Counts {
         start
     }
 }
+
+/// Most ranges that are told apart.
+const RANGES: usize = 4096;
+
+/// Ranges of clusters past the end of the file that something refers to. They are not counted, and a file that grows
+/// must not get anything new there.
+#[derive(Default)]
+pub(super) struct PastEnd {
+    ranges: Vec<(u64, u64)>,
+}
+
+impl PastEnd {
+    /// Both ends included. Where there are too many ranges they become one.
+    pub(super) fn add(&mut self, first: u64, last: u64) {
+        if self.ranges.len() >= RANGES {
+            let low = self.ranges.iter().fold(first, |a, r| a.min(r.0));
+            let high = self.ranges.iter().fold(last, |a, r| a.max(r.1));
+            self.ranges.clear();
+            self.ranges.push((low, high));
+        } else if self.ranges.last() != Some(&(first, last)) {
+            self.ranges.push((first, last));
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.ranges.clear();
+    }
+
+    /// The first cluster behind all ranges that touch `[first, first + n)`; `None` if none does.
+    pub(super) fn behind(&self, first: u64, n: u64) -> Option<u64> {
+        let end = first.saturating_add(n);
+        let hit = self.ranges.iter().filter(|&&(a, b)| a < end && first <= b);
+        hit.map(|&(_, b)| b.saturating_add(1)).max()
+    }
+}

@@ -35,7 +35,7 @@ use graph::{BlockError, CheckFix, CheckReport, Errno};
 
 pub use storage::{Memory, NodeStorage, Storage};
 
-use self::counts::{Counts, Full};
+use self::counts::{Counts, Full, PastEnd};
 use self::refcounts::Blocks;
 use super::format::{Geometry, Header, MAX_HEADER_BYTES, Policy, be64, field};
 use super::format::{INCOMPAT_CORRUPT, INCOMPAT_DIRTY, L1Entry, snapshot::Snapshot};
@@ -134,6 +134,7 @@ struct Checker<'a, S: Storage> {
     snapshot_corruptions: u64,
     suppressed: u64,
     counts: Counts,
+    past_end: PastEnd,
     /// The file's length in clusters, or the highest cluster that is referred to.
     clusters: u64,
     l1: Vec<L1Entry>,
@@ -161,6 +162,7 @@ impl<'a, S: Storage> Checker<'a, S> {
             snapshot_corruptions: 0,
             suppressed: 0,
             counts: Counts::new(geo.refcount_order(), limits.counters),
+            past_end: PastEnd::default(),
             clusters: 0,
             l1: l1.into_iter().map(L1Entry).collect(),
             blocks: Blocks::new(geo, reftable),

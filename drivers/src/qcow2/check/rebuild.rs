@@ -20,6 +20,7 @@ impl<S: Storage> Checker<'_, S> {
         self.rebuild_structures().await?;
         self.rebuild = false;
         self.counts.clear();
+        self.past_end.clear();
         self.clusters = self.file_clusters();
         self.report.corruptions = 0;
         self.report.leaks = 0;
@@ -35,6 +36,7 @@ impl<S: Storage> Checker<'_, S> {
         }
         let messages = std::mem::take(&mut self.report.messages);
         let new = std::mem::replace(&mut self.report, CheckReport { messages, ..kept });
+        self.report.corruptions += new.corruptions;
         if !self.fix.leaks {
             self.report.leaks = new.leaks;
         }
@@ -141,8 +143,12 @@ impl<S: Storage> Checker<'_, S> {
 
     /// `n` contiguous clusters nobody refers to, counted from now on.
     fn take(&mut self, from: &mut u64, n: u64) -> Result<u64, BlockError> {
-        let at = self.counts.free_run(*from, n);
-        if at + n > super::MAX_CLUSTERS {
+        let mut at = self.counts.free_run(*from, n);
+        while let Some(behind) = self.past_end.behind(at, n) {
+            // Something damaged points there: it would get our tables to see.
+            at = self.counts.free_run(behind, n);
+        }
+        if at.saturating_add(n) > super::MAX_CLUSTERS {
             self.report.check_errors += 1;
             return Err(Errno::EFBIG.into());
         }

@@ -47,7 +47,7 @@ impl<S: Storage> Checker<'_, S> {
         if size == 0 {
             return Ok(());
         }
-        let cluster = self.geo.cluster_size();
+        let (cluster, bits) = (self.geo.cluster_size(), self.geo.cluster_bits());
         // The last cluster of a file may be there in part.
         let end = offset.checked_add(size).filter(|&end| end <= i64::MAX as u64);
         let over = end.is_none_or(|end| end >= self.file_len().saturating_add(cluster));
@@ -56,9 +56,9 @@ impl<S: Storage> Checker<'_, S> {
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset {offset:#x} size {size:#x}"
             ));
             self.report.corruptions += 1;
+            self.past_end.add(offset >> bits, offset.saturating_add(size - 1) >> bits);
             return Ok(());
         };
-        let bits = self.geo.cluster_bits();
         for k in offset >> bits..=(end - 1) >> bits {
             match self.counts.add(k) {
                 Ok(true) => {}

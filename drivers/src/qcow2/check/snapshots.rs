@@ -179,6 +179,11 @@ impl<S: Storage> Checker<'_, S> {
             if self.refcount(at).await? != 0 || self.counts.get(at) != 0 {
                 start = at + 1;
             }
+            if let Some(behind) = self.past_end.behind(at, 1) {
+                start = behind;
+                at = behind;
+                continue;
+            }
             at += 1;
         }
         for cluster in start..at {
