@@ -49,7 +49,7 @@ pub use bitmap::{Bitmap, BitmapSet};
 pub use control::bitmaps::{BitmapRef, NewBitmap};
 pub use control::query;
 pub use control::snapshots::SnapshotQuery;
-pub use control::{Change, FreezeGuard, Graph, MAX_NODES, Root};
+pub use control::{Change, FreezeGuard, Graph, IoThreadSource, MAX_NODES, Root};
 pub use create::{CreateContext, CreateDef, JobControl};
 pub use drain::{DrainGuard, NoSource, RequestSource};
 pub use driver::{

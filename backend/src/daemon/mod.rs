@@ -92,6 +92,12 @@ impl Daemon {
             me: me.clone(),
         });
         CURRENT.set(daemon.me.clone());
+        let me = daemon.me.clone();
+        daemon.graph.set_iothread_source(Box::new(move || {
+            let gone = || graph::BlockError::new(graph::Errno::ENODEV, "The process is ending");
+            let daemon = me.upgrade().ok_or_else(gone)?;
+            daemon.own_iothread().map_err(|e| graph::BlockError::new(graph::Errno::EAGAIN, e.to_string()))
+        }));
         let remote: MainRemote = daemon.executor.remote();
         daemon.graph.set_event_sink(Box::new(move |event| {
             remote.post(move || {

@@ -240,11 +240,15 @@ impl State {
     }
 }
 
+/// Starts an iothread, or hands out the one it started before.
+pub type IoThreadSource = Box<dyn Fn() -> Result<IoThread>>;
+
 pub(crate) struct Inner {
     pub(crate) registry: Registry,
     pub(crate) state: RefCell<State>,
     pub(crate) drains: Rc<RefCell<Vec<Rc<DrainState>>>>,
     pub(crate) iothread: RefCell<Option<IoThread>>,
+    iothread_source: RefCell<Option<IoThreadSource>>,
     pub(crate) events: Arc<EventHub>,
     secrets: Secrets,
 }
@@ -265,6 +269,7 @@ impl Graph {
                 state: RefCell::default(),
                 drains: Rc::default(),
                 iothread: RefCell::new(iothread),
+                iothread_source: RefCell::default(),
                 events: Arc::default(),
                 secrets: Secrets::default(),
             }),
@@ -275,6 +280,11 @@ impl Graph {
     pub fn set_iothread(&self, iothread: Option<IoThread>) {
         let old = self.inner.iothread.replace(iothread);
         drop(old);
+    }
+
+    /// Names who starts an iothread when one is needed and none was named.
+    pub fn set_iothread_source(&self, source: IoThreadSource) {
+        *self.inner.iothread_source.borrow_mut() = Some(source);
     }
 
     /// Names the place where the nodes' news go; once.
@@ -311,7 +321,11 @@ impl Graph {
     }
 
     pub(crate) fn iothread(&self) -> Result<IoThread> {
-        let iothread = self.inner.iothread.borrow().clone();
+        let named = self.inner.iothread.borrow().clone();
+        let iothread = match (&named, &*self.inner.iothread_source.borrow()) {
+            (None, Some(source)) => Some(source()?),
+            _ => named,
+        };
         iothread.ok_or_else(|| BlockError::new(Errno::ENODEV, "There is no iothread for this operation"))
     }
 
