@@ -38,10 +38,13 @@ impl Qcow2 {
         let mut data = Map::new();
         let mut put = |name: &str, value: Value| data.insert(name.to_owned(), value);
         put("compat", json!(if header.version >= 3 { "1.1" } else { "0.10" }));
-        put("compression-type", json!(match header.compression {
-            Compression::Deflate => "zlib",
-            Compression::Zstd => "zstd",
-        }));
+        put(
+            "compression-type",
+            json!(match header.compression {
+                Compression::Deflate => "zlib",
+                Compression::Zstd => "zstd",
+            }),
+        );
         put("refcount-bits", json!(1u32 << self.geo.refcount_order()));
         if header.version >= 3 {
             put("lazy-refcounts", json!(header.lazy_refcounts()));
@@ -64,7 +67,7 @@ impl Qcow2 {
     }
 
     /// The internal snapshots.
-    pub(super) fn snapshot_list(&self) -> Vec<SnapshotInfo> {
+    pub(crate) fn snapshot_list(&self) -> Vec<SnapshotInfo> {
         let size = self.size();
         let snapshots = self.snapshots();
         let info = |s: &crate::qcow2::format::snapshot::Snapshot| SnapshotInfo {

@@ -77,9 +77,8 @@ impl Qcow2 {
                 return None;
             }
             let start = offset - within;
-            let all_zero = (0..count).all(|i| {
-                self.is_blank(slice, first + i, start + ((i as u64) << geo.cluster_bits()))
-            });
+            let all_zero = (0..count)
+                .all(|i| self.is_blank(slice, first + i, start + ((i as u64) << geo.cluster_bits())));
             if !all_zero {
                 return None;
             }

@@ -37,7 +37,9 @@ impl Qcow2 {
                 return Err(e);
             }
         }
-        if self.settings.data_file_raw || (self.data_file.is_some() && size > old && how.prealloc == Prealloc::Off) {
+        if self.settings.data_file_raw
+            || (self.data_file.is_some() && size > old && how.prealloc == Prealloc::Off)
+        {
             let below = Truncate { exact: how.exact && self.settings.data_file_raw, ..Truncate::default() };
             if let Err(e) = io.child(self.data).truncate(size, below).await {
                 self.set_size(old);

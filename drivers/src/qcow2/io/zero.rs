@@ -46,7 +46,13 @@ fn unsupported() -> BlockError {
 
 impl Qcow2 {
     /// Makes a range read as zeroes.
-    pub(super) async fn zero_range(&self, io: &NodeIo, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+    pub(super) async fn zero_range(
+        &self,
+        io: &NodeIo,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<()> {
         self.commits.check()?;
         let geo = self.geo;
         let unit = geo.subcluster_size();

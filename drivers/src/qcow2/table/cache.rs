@@ -59,11 +59,46 @@ impl SlotState {
     }
 }
 
+/// The words of a slice, and a bit for each that says whether it is 0. In a chain of images most lookups find nothing: they
+/// read the bits alone, a cache line for a whole slice instead of one for eight entries.
+pub(super) struct Words {
+    cells: Box<[AtomicU64]>,
+    set: Box<[AtomicU64]>,
+}
+
+impl Words {
+    fn new(count: usize) -> Words {
+        let zeroes = |n: usize| std::iter::repeat_with(AtomicU64::default).take(n).collect();
+        Words { cells: zeroes(count), set: zeroes(count.div_ceil(64)) }
+    }
+
+    /// A word in host byte order; 0 past the end.
+    #[inline]
+    pub(super) fn get(&self, index: usize) -> u64 {
+        self.cells.get(index).map_or(0, |w| w.load(Relaxed))
+    }
+
+    /// Whether a word is 0.
+    #[inline]
+    pub(super) fn is_zero(&self, index: usize) -> bool {
+        self.set.get(index / 64).is_none_or(|w| w.load(Relaxed) >> (index % 64) & 1 == 0)
+    }
+
+    /// Under the slot's mutex.
+    fn store(&self, index: usize, value: u64) {
+        let (Some(cell), Some(set)) = (self.cells.get(index), self.set.get(index / 64)) else { return };
+        cell.store(value, Relaxed);
+        let bit = 1 << (index % 64);
+        let others = set.load(Relaxed) & !bit;
+        set.store(if value == 0 { others } else { others | bit }, Relaxed);
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     seq: AtomicU64,
     used: AtomicBool,
-    words: OnceLock<Box<[AtomicU64]>>,
+    words: OnceLock<Words>,
     state: Mutex<SlotState>,
 }
 
@@ -166,7 +201,7 @@ impl Cache {
     /// Looks at a slice without a lock: `f` gets a way to load words, and its answer counts only if nothing changed
     /// meanwhile. `None`: not cached, suspect, or changing right now.
     #[inline]
-    pub(super) fn read<R>(&self, slice: u64, f: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
+    pub(super) fn read<R>(&self, slice: u64, f: impl Fn(&Words) -> R) -> Option<R> {
         let set = self.place(slice);
         let chunk = self.chunk(set)?;
         let local = set % CHUNK_SETS;
@@ -266,13 +301,12 @@ impl Cache {
     pub(super) fn fill(&self, at: &Reserved, slice: u64, words: &[u64], suspect: bool) {
         let Some((key, slot)) = self.slot(at.set, at.way) else { return };
         let mut state = lock(&slot.state);
-        let cells =
-            slot.words.get_or_init(|| std::iter::repeat_with(AtomicU64::default).take(self.words).collect());
+        let cells = slot.words.get_or_init(|| Words::new(self.words));
         let seq = slot.seq.load(Relaxed);
         slot.seq.store(seq + 1, Relaxed);
         fence(Release);
-        for (cell, word) in cells.iter().zip(words) {
-            cell.store(*word, Relaxed);
+        for (index, word) in words.iter().enumerate() {
+            cells.store(index, *word);
         }
         key.store((slice + 1) | if suspect { SUSPECT } else { 0 }, Release);
         slot.used.store(true, Relaxed);
@@ -318,7 +352,7 @@ impl Cache {
                 for sector in (0..128u32).filter(|n| mask & (1 << n) != 0) {
                     let first = sector as usize * self.sector_words;
                     let mut bytes = Vec::with_capacity(self.sector_words * 8);
-                    for word in s.words.iter().skip(first).take(self.sector_words) {
+                    for word in s.words.cells.iter().skip(first).take(self.sector_words) {
                         bytes.extend_from_slice(&word.load(Relaxed).to_be_bytes());
                     }
                     sectors.push((sector, bytes));
@@ -346,7 +380,7 @@ pub(crate) struct Slice<'a> {
     cache: &'a Cache,
     slice: u64,
     seq: &'a AtomicU64,
-    words: &'a [AtomicU64],
+    words: &'a Words,
     state: MutexGuard<'a, SlotState>,
     changing: bool,
     suspect: bool,
@@ -356,19 +390,21 @@ impl Slice<'_> {
     /// A word in host byte order; 0 past the end.
     #[inline]
     pub(crate) fn word(&self, index: usize) -> u64 {
-        self.words.get(index).map_or(0, |w| w.load(Relaxed))
+        self.words.get(index)
     }
 
     /// Changes a word; the next commit writes its sector.
     pub(crate) fn set_word(&mut self, index: usize, value: u64) {
-        let Some(word) = self.words.get(index) else { return };
+        if index >= self.words.cells.len() {
+            return;
+        }
         if !self.changing {
             self.changing = true;
             let seq = self.seq.load(Relaxed);
             self.seq.store(seq + 1, Relaxed);
             fence(Release);
         }
-        word.store(value, Relaxed);
+        self.words.store(index, value);
         let sector = index / self.cache.sector_words;
         self.mark(1u128.checked_shl(sector as u32).unwrap_or(0));
     }

@@ -3,7 +3,10 @@
 //! Entries are the words of the disk in host byte order. Who changes one marks its sector dirty; the commit writes it.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::{Acquire, Release}};
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{Acquire, Release},
+};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Entries of a chunk.

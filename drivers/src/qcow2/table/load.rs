@@ -19,6 +19,8 @@ struct Loading<'a> {
     slice: u64,
     done: Arc<Event>,
     slot: Option<Reserved>,
+    /// It had a slot at some time.
+    reserved: bool,
 }
 
 impl Drop for Loading<'_> {
@@ -28,7 +30,10 @@ impl Drop for Loading<'_> {
         }
         self.tables.loading.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.slice);
         self.done.set();
-        self.tables.wake();
+        // Only then has anything changed for those who wait for a slot; among them may be whoever drops this.
+        if self.reserved {
+            self.tables.wake();
+        }
     }
 }
 
@@ -49,7 +54,7 @@ impl Tables {
                     None => {
                         let done = Arc::new(Event::new());
                         loading.insert(slice, Arc::clone(&done));
-                        Ok(Loading { tables: self, slice, done, slot: None })
+                        Ok(Loading { tables: self, slice, done, slot: None, reserved: false })
                     }
                 }
             };
@@ -63,7 +68,10 @@ impl Tables {
             // Entered before the look, so that no wake-up is lost.
             let room = self.room.wait();
             match self.cache.reserve(slice) {
-                Ok(slot) => mine.slot = Some(slot),
+                Ok(slot) => {
+                    mine.slot = Some(slot);
+                    mine.reserved = true;
+                }
                 Err(full) => {
                     drop(mine);
                     match full {
@@ -95,12 +103,7 @@ impl Tables {
         let buffer = IoVecs::alloc(bytes as usize, 4096).map_err(BlockError::from)?;
         io.child(FILE).read(table + (slice & ((1 << bits) - 1)) * bytes, &buffer).await?;
         let raw = buffer.to_vec();
-        let mut words: Vec<u64> = raw
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|b| u64::from_be_bytes(*b))
-            .collect();
+        let mut words: Vec<u64> = raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
         let step = if self.geo().extended_l2() { 2 } else { 1 };
         if l1 & COPIED == 0 {
             strip_copied(&mut words, step);

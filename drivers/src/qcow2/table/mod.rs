@@ -13,8 +13,6 @@ mod own;
 mod tests;
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
 use graph::{NodeIo, Result};
@@ -134,10 +132,36 @@ impl Tables {
         let count = self.slice_entries();
         let extended = self.geo().extended_l2();
         self.cache.read(self.slice_of(guest), |words| {
-            let word = |i: usize| words.get(i).map_or(0, |w: &AtomicU64| w.load(Relaxed));
-            let get = |i: usize| if extended { (word(2 * i), word(2 * i + 1)) } else { (word(i), 0) };
+            let blank = |i: usize| {
+                if extended { words.is_zero(2 * i) && words.is_zero(2 * i + 1) } else { words.is_zero(i) }
+            };
+            if blank(index) {
+                return self.blank_run(blank, index, count, guest, len);
+            }
+            let get =
+                |i: usize| if extended { (words.get(2 * i), words.get(2 * i + 1)) } else { (words.get(i), 0) };
             self.decoder.run(get, index, count, guest, len)
         })
+    }
+
+    /// A run of entries that are 0: nothing is allocated.
+    #[inline]
+    fn blank_run(
+        &self,
+        blank: impl Fn(usize) -> bool,
+        index: usize,
+        count: usize,
+        guest: u64,
+        len: u64,
+    ) -> Run {
+        let size = self.geo().cluster_size();
+        let mut have = size - self.geo().in_cluster(guest);
+        let mut at = index + 1;
+        while have < len && at < count && blank(at) {
+            have += size;
+            at += 1;
+        }
+        Run { kind: Kind::Unallocated, len: have.min(len), host: None, copied: false, entry: 0 }
     }
 
     /// The answer where there is no L2 table.
@@ -162,9 +186,8 @@ impl Tables {
             }
             let slice = self.slice_of(guest);
             let (index, count) = (self.index_of(guest), self.slice_entries());
-            let run = self.cache.with(slice, |s| {
-                self.decoder.run(|i| self.entry(s, i), index, count, guest, len)
-            });
+            let run =
+                self.cache.with(slice, |s| self.decoder.run(|i| self.entry(s, i), index, count, guest, len));
             match run {
                 Some(run) => return Ok(run),
                 None => self.load(node, io, slice).await?,

@@ -79,7 +79,8 @@ impl Tables {
                 file.read(from, &table).await?;
                 let step = if self.geo().extended_l2() { 2 } else { 1 };
                 let raw = table.to_vec();
-                let mut words: Vec<u64> = raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
+                let mut words: Vec<u64> =
+                    raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
                 strip_copied(&mut words, step);
                 table = IoVecs::from_vec(words.iter().flat_map(|w| w.to_be_bytes()).collect());
             }

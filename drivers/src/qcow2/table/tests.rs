@@ -41,7 +41,8 @@ fn subclusters_are_told_one_by_one() {
     let d = Decoder::new(geo(16, true));
     let (c, s) = (65536u64, 2048u64);
     // Subclusters 0 and 1 allocated, 2 zero, the others unallocated; the next cluster allocated, contiguous.
-    let words = [(c * 5 | COPIED, 0b011 | 0b100 << 32), (c * 6 | COPIED, 0xffff_ffff), (c * 7, 1 | 1 << 32), (0, 1)];
+    let words =
+        [(c * 5 | COPIED, 0b011 | 0b100 << 32), (c * 6 | COPIED, 0xffff_ffff), (c * 7, 1 | 1 << 32), (0, 1)];
     let run = |guest: u64, len: u64| d.run(|i| words[i], (guest / c) as usize, words.len(), guest, len);
     assert_eq!((run(1, c).kind, run(1, c).len, run(1, c).host), (Kind::Normal, 2 * s - 1, Some(5 * c + 1)));
     assert_eq!((run(2 * s, c).kind, run(2 * s, c).len), (Kind::Zero, s));
