@@ -38,6 +38,8 @@ struct After {
     freed: Vec<u64>,
     /// Host clusters that stay with their space given up.
     punched: Vec<u64>,
+    /// Zeroes were asked for: until the entries are on disk the clusters themselves must read as the old data or as zero.
+    zeroes: bool,
 }
 
 fn unsupported() -> BlockError {
@@ -155,7 +157,7 @@ impl Qcow2 {
         self.tables.own(self, io, at).await?;
         let first = self.tables.index_of(at);
         let clusters = self.geo.clusters(end - at).min((self.tables.slice_entries() - first) as u64) as usize;
-        let mut after = After::default();
+        let mut after = After { zeroes: how == Clear::ZeroUnmap, ..After::default() };
         let changed = self.tables.with(at, |slice| {
             let busy = slice.next_in_flight(first, first + clusters);
             if busy == first
@@ -301,7 +303,13 @@ impl Qcow2 {
             }
         }
         for (start, len) in ranges {
-            if let Err(e) = child.discard(start, len).await {
+            // What a device shows of a range it was told to forget is its own business.
+            let done = if after.zeroes {
+                child.write_zeroes(start, len, ZeroFlags::MAY_UNMAP | ZeroFlags::NO_FALLBACK).await
+            } else {
+                child.discard(start, len).await
+            };
+            if let Err(e) = done {
                 log::debug!("a discard of {start:#x}+{len:#x} failed: {e}");
             }
         }
