@@ -24,6 +24,8 @@ mod tests;
 mod write;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use graph::{BlockError, NodeIo, Result};
 
@@ -45,6 +47,8 @@ pub(crate) struct Commits {
     header: Arc<HeaderIo>,
     /// The dirty bit was set by us, or inherited by a repair we ran: to be cleared at close.
     writable: bool,
+    /// The image was changed behind our back, by a repair: nothing in memory is true any more.
+    left: AtomicBool,
 }
 
 /// What a commit works on.
@@ -59,7 +63,17 @@ struct Parts<'a> {
 impl Commits {
     /// For an image that was opened; `writable`: for writing.
     pub(crate) fn new(health: Arc<Health>, header: Arc<HeaderIo>, writable: bool) -> Commits {
-        Commits { group: Group::default(), health, header, writable }
+        Commits { group: Group::default(), health, header, writable, left: AtomicBool::new(false) }
+    }
+
+    /// Whether this node writes the image at all.
+    pub(crate) fn writes(&self) -> bool {
+        self.writable && !self.left.load(Relaxed)
+    }
+
+    /// From now on nothing is written any more, whatever is in memory: somebody else has changed the image. Drained.
+    pub(crate) fn leave(&self) {
+        self.left.store(true, Relaxed);
     }
 
     /// Whether the image takes writes: no inconsistency was found, no barrier failed. Cheap.
@@ -94,7 +108,7 @@ impl Commits {
     /// What the disk says. After a failed barrier this and all later calls fail (`EIO`): what the kernel dropped does not
     /// come back. After a failed write of metadata the next call tries again.
     pub(crate) async fn flush(&self, node: &Qcow2, io: &NodeIo) -> Result<()> {
-        if !self.writable {
+        if !self.writes() {
             return Ok(());
         }
         let file = io.child(FILE);
@@ -162,7 +176,7 @@ impl Commits {
 
     /// Writes the corrupt bit if an inconsistency was found and it is not there yet.
     pub(crate) async fn mark(&self, file: &NodeIo) {
-        if !self.writable || !self.health.take_unmarked() {
+        if !self.writes() || !self.health.take_unmarked() {
             return;
         }
         if let Err(e) = self.header.mark_corrupt(file).await {
@@ -176,7 +190,7 @@ impl Commits {
     /// # Errors
     /// What the disk says; what is left then are leaks, or the dirty bit.
     pub(crate) async fn close(&self, node: &Qcow2, io: &NodeIo) -> Result<()> {
-        if !self.writable {
+        if !self.writes() {
             return Ok(());
         }
         let file = io.child(FILE);

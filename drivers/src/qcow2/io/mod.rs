@@ -13,8 +13,10 @@
 //! | `compressed.rs`, `decoded.rs` | compressed clusters |
 //! | `status.rs` | what is known about ranges |
 //! | `truncate.rs`, `prealloc.rs` | changing the size |
+//! | `check.rs` | looking for contradictions |
 //! | `info.rs` | what the queries are told |
 
+mod check;
 mod compressed;
 pub(crate) mod decoded;
 mod info;
@@ -32,7 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, SnapshotRef,
+    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, SnapshotRef,
     Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
@@ -104,6 +106,10 @@ impl Driver for Qcow2 {
 
     fn supports_compressed(&self) -> bool {
         self.data_file.is_none() && self.crypt.is_none()
+    }
+
+    fn check<'a>(&'a self, io: &'a NodeIo, fix: CheckFix) -> BoxFut<'a, CheckReport> {
+        Box::pin(self.check_image(io, fix))
     }
 
     fn snapshots(&self) -> Vec<SnapshotInfo> {
