@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod boot;
+mod qcow2;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
