@@ -194,7 +194,10 @@ impl<'a, S: Storage> Checker<'a, S> {
     async fn check(&mut self) -> Result<(), BlockError> {
         self.read_snapshots().await?;
         self.check_refcounts().await?;
-        self.fix_snapshots().await?;
+        if self.fix_snapshots().await? {
+            // The old table's clusters were given back; something damaged may have used them too.
+            self.check_copied().await?;
+        }
         if self.fixing() && self.report.check_errors == 0 && self.report.corruptions == 0 {
             self.clear_bits().await?;
         }

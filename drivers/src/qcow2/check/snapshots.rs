@@ -115,12 +115,12 @@ impl<S: Storage> Checker<'_, S> {
         Ok(())
     }
 
-    /// Rewrites the table where something in it was found wrong and may be fixed.
-    pub(super) async fn fix_snapshots(&mut self) -> Result<(), BlockError> {
+    /// Rewrites the table where something in it was found wrong and may be fixed; answers whether it did.
+    pub(super) async fn fix_snapshots(&mut self) -> Result<bool, BlockError> {
         let found = std::mem::take(&mut self.snapshot_corruptions);
         if found == 0 || !self.fix.errors {
             self.report.corruptions += found;
-            return Ok(());
+            return Ok(false);
         }
         if let Err(e) = self.rewrite_snapshots().await {
             self.report.check_errors += 1;
@@ -129,7 +129,7 @@ impl<S: Storage> Checker<'_, S> {
             return Err(e);
         }
         self.report.corruptions_fixed += found;
-        Ok(())
+        Ok(true)
     }
 
     async fn rewrite_snapshots(&mut self) -> Result<(), BlockError> {

@@ -6,10 +6,10 @@
 use super::extension::{self, BitmapsExt, CryptoExt, Extensions, UnknownExt, cut_at_nul};
 use super::feature::{self, FeatureName};
 use super::{
-    AUTOCLEAR_KNOWN, COMPAT_LAZY_REFCOUNTS, Geometry, INCOMPAT_COMPRESSION, INCOMPAT_CORRUPT,
-    INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, INCOMPAT_KNOWN, MAX_BACKING_NAME,
-    MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, ParseError, be32,
-    be64, validate_table,
+    AUTOCLEAR_DATA_FILE_RAW, AUTOCLEAR_KNOWN, COMPAT_LAZY_REFCOUNTS, Geometry, INCOMPAT_COMPRESSION,
+    INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY, INCOMPAT_EXTENDED_L2, INCOMPAT_KNOWN,
+    MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS,
+    ParseError, be32, be64, validate_table,
 };
 
 /// "QFI\xfb".
@@ -20,6 +20,8 @@ const V2_LEN: usize = 72;
 const V3_MIN: usize = 104;
 /// The header fields that are understood end here.
 const KNOWN: usize = 112;
+/// Longest block device of QEMU, bytes: 2^63 - 1 rounded down to 1 GiB.
+const MAX_LENGTH: u64 = i64::MAX as u64 & !((1 << 30) - 1);
 /// How much of a file has to be given to [`Header::parse`] (less if the file or the cluster is shorter).
 pub const MAX_HEADER_BYTES: usize = 1 << MAX_CLUSTER_BITS;
 
@@ -263,6 +265,14 @@ impl Header {
         }
         let (at, n) = (self.l1_offset, u64::from(self.l1_size));
         validate_table(g, ("l1_table_offset", field::L1 + 4), "Active L1 table", at, n, 8, MAX_L1_BYTES)?;
+        // No block device reaches beyond this; reading there fails in QEMU.
+        if self.l1_size != 0 && self.l1_offset + self.l1_bytes() > MAX_LENGTH {
+            return Err(unreadable("l1_table_offset", field::L1 + 4, "Could not read L1 table"));
+        }
+        if self.reftable_clusters != 0 && self.reftable_offset + self.reftable_bytes() > MAX_LENGTH {
+            let text = "Could not initialize refcount handling";
+            return Err(unreadable("refcount_table_offset", field::REFTABLE, text));
+        }
         // QEMU's limits: entries in an int, and no device above 2^63 - 1 bytes.
         let needed = g.l1_entries_for(self.size);
         if needed > i32::MAX as u64 || self.size > i64::MAX as u64 {
@@ -295,6 +305,10 @@ impl Header {
         if self.crypt == CryptMethod::Luks && self.crypto.is_none() {
             let text = "Missing CRYPTO header for crypt method 2";
             return Err(ParseError::invalid("crypt_method", 32, text));
+        }
+        if self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0 && !self.has_data_file() {
+            let text = "data-file-raw requires a data file";
+            return Err(ParseError::invalid("autoclear_features", field::AUTOCLEAR, text));
         }
         Ok(())
     }
@@ -444,6 +458,12 @@ impl Header {
         out.resize(g.cluster_size() as usize, 0);
         Ok(out)
     }
+}
+
+fn unreadable(name: &'static str, at: u64, text: &str) -> ParseError {
+    let mut e = ParseError::invalid(name, at, text);
+    e.errno = graph::Errno::EIO;
+    e
 }
 
 fn compression(c: &[u8], header_length: usize, incompatible: u64) -> Result<Compression, ParseError> {

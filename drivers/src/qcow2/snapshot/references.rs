@@ -6,7 +6,7 @@
 use graph::{BlockError, NodeIo, Result};
 
 use crate::qcow2::alloc::FreeKind;
-use crate::qcow2::format::{COMPRESSED, OFFSET_MASK};
+use crate::qcow2::format::{COMPRESSED, MAX_L1_BYTES, OFFSET_MASK, validate_table};
 use crate::qcow2::node::{FILE, Qcow2};
 use crate::qcow2::open::{read_bytes, words};
 
@@ -118,6 +118,8 @@ impl Qcow2 {
         if entries == 0 {
             return Ok(Vec::new());
         }
+        let place = ("l1_table_offset", 0);
+        validate_table(&self.geo, place, "Snapshot L1 table", offset, u64::from(entries), 8, MAX_L1_BYTES)?;
         let raw = read_bytes(&io.child(FILE), offset, u64::from(entries) * 8).await;
         raw.map(|raw| words(&raw)).map_err(|e: BlockError| e.context("Could not read L1 table"))
     }
