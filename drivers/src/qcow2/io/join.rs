@@ -28,9 +28,10 @@ impl<'a> Pieces<'a> {
         self.failed.is_some()
     }
 
-    /// Whether nothing is under way.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.running.is_empty()
+    /// Whether nothing is under way and nothing has failed: what comes last may then run alone, and its result is the
+    /// request's.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.failed.is_none()
     }
 
     /// Runs `work` with the pieces going on beside it: it may have to wait for one of them.

@@ -38,7 +38,7 @@ impl Qcow2 {
                 Kind::Zero => part.fill(0),
                 Kind::Unallocated if self.backing_size().is_none_or(|size| at >= size) => part.fill(0),
                 // The last piece needs no company.
-                _ if done >= inside && pieces.is_empty() => {
+                _ if done >= inside && pieces.is_idle() => {
                     return self.read_run(io, at, run, part).await;
                 }
                 _ => pieces.add(Box::pin(self.read_run(io, at, run, part))).await,

@@ -46,7 +46,7 @@ impl Qcow2 {
                 Ok(Some((step, work))) => {
                     let part = bufs.slice(done as usize, step as usize);
                     done += step;
-                    if done == len && pieces.is_empty() {
+                    if done == len && pieces.is_idle() {
                         return self.carry_out(io, work, at, part).await;
                     }
                     pieces.add(Box::pin(self.carry_out(io, work, at, part))).await;
