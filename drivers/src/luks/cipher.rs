@@ -11,10 +11,10 @@ use cipher::consts::{U8, U16};
 use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use graph::{BlockError, Result};
 use serpent::Serpent;
-use twofish::Twofish;
 
 use super::SECTOR;
 use super::spec::{CipherAlg, CipherMode, CipherSpec, Family, HashAlg, IvGen};
+use super::twofish::Twofish;
 
 /// Sectors whose tweaks are computed in one go.
 const BATCH: usize = 8;
@@ -66,6 +66,20 @@ where
 
     fn decrypt(&self, data: &mut [u8]) {
         self.0.decrypt_blocks(Array::cast_slice_from_core_mut(data.as_chunks_mut::<8>().0));
+    }
+}
+
+impl BlockCipher for Twofish {
+    fn block_len(&self) -> usize {
+        16
+    }
+
+    fn encrypt(&self, data: &mut [u8]) {
+        data.as_chunks_mut().0.iter_mut().for_each(|block| self.encrypt_block(block));
+    }
+
+    fn decrypt(&self, data: &mut [u8]) {
+        data.as_chunks_mut().0.iter_mut().for_each(|block| self.decrypt_block(block));
     }
 }
 
@@ -252,19 +266,19 @@ impl SectorCipher {
                 spec.key_len()
             )));
         }
-        let ivs = || make_ivs(spec, key);
-        let sectors: Box<dyn Sectors> = match spec.alg {
-            CipherAlg::Aes128 => wide::<Aes128>(spec.mode, key, ivs()?)?,
-            CipherAlg::Aes192 => wide::<Aes192>(spec.mode, key, ivs()?)?,
-            CipherAlg::Aes256 => wide::<Aes256>(spec.mode, key, ivs()?)?,
+        let ivs = make_ivs(spec, key)?;
+        let sectors = match spec.alg {
+            CipherAlg::Aes128 => sectors(spec.mode, key, ivs, wide::<Aes128>),
+            CipherAlg::Aes192 => sectors(spec.mode, key, ivs, wide::<Aes192>),
+            CipherAlg::Aes256 => sectors(spec.mode, key, ivs, wide::<Aes256>),
             CipherAlg::Serpent128 | CipherAlg::Serpent192 | CipherAlg::Serpent256 => {
-                wide::<Serpent>(spec.mode, key, ivs()?)?
+                sectors(spec.mode, key, ivs, wide::<Serpent>)
             }
             CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
-                wide::<Twofish>(spec.mode, key, ivs()?)?
+                sectors(spec.mode, key, ivs, twofish)
             }
-            CipherAlg::Cast5 => narrow::<Cast5>(spec.mode, key, ivs()?)?,
-        };
+            CipherAlg::Cast5 => sectors(spec.mode, key, ivs, narrow::<Cast5>),
+        }?;
         Ok(SectorCipher { sectors, fast: spec.alg.family() == Family::Aes && has_aes() })
     }
 
@@ -302,46 +316,44 @@ fn has_aes() -> bool {
 }
 
 fn keyed<C: KeyInit>(key: &[u8]) -> Result<C> {
-    C::new_from_slice(key)
-        .map_err(|_| BlockError::invalid(format!("A key of {} bytes does not fit", key.len())))
+    C::new_from_slice(key).map_err(|_| misfit(key))
 }
 
-fn wide<C>(mode: CipherMode, key: &[u8], ivs: Ivs) -> Result<Box<dyn Sectors>>
-where
-    C: KeyInit
-        + BlockSizeUser<BlockSize = U16>
-        + BlockCipherEncrypt
-        + BlockCipherDecrypt
-        + Send
-        + Sync
-        + 'static,
-{
-    if mode == CipherMode::Xts {
-        let (data, tweak) = key.split_at(key.len() / 2);
-        return Ok(Box::new(Xts { data: Wide(keyed::<C>(data)?), tweak: Wide(keyed::<C>(tweak)?), ivs }));
-    }
-    chained(mode, Wide(keyed::<C>(key)?), ivs)
+fn misfit(key: &[u8]) -> BlockError {
+    BlockError::invalid(format!("A key of {} bytes does not fit", key.len()))
 }
 
-fn narrow<C>(mode: CipherMode, key: &[u8], ivs: Ivs) -> Result<Box<dyn Sectors>>
-where
-    C: KeyInit
-        + BlockSizeUser<BlockSize = U8>
-        + BlockCipherEncrypt
-        + BlockCipherDecrypt
-        + Send
-        + Sync
-        + 'static,
-{
-    chained(mode, Narrow(keyed::<C>(key)?), ivs)
+fn wide<C: KeyInit>(key: &[u8]) -> Result<Wide<C>> {
+    keyed(key).map(Wide)
 }
 
-fn chained<C: BlockCipher + 'static>(mode: CipherMode, cipher: C, ivs: Ivs) -> Result<Box<dyn Sectors>> {
+fn narrow<C: KeyInit>(key: &[u8]) -> Result<Narrow<C>> {
+    keyed(key).map(Narrow)
+}
+
+fn twofish(key: &[u8]) -> Result<Twofish> {
+    Twofish::new(key).ok_or_else(|| misfit(key))
+}
+
+/// The cipher `make` makes of a key, in this mode.
+fn sectors<C: BlockCipher + 'static>(
+    mode: CipherMode,
+    key: &[u8],
+    ivs: Ivs,
+    make: impl Fn(&[u8]) -> Result<C>,
+) -> Result<Box<dyn Sectors>> {
     Ok(match mode {
-        CipherMode::Ecb => Box::new(Ecb(cipher)),
-        CipherMode::Cbc => Box::new(Cbc(cipher, ivs)),
-        CipherMode::Ctr => Box::new(Ctr(cipher, ivs)),
-        CipherMode::Xts => return Err(BlockError::unsupported("Unsupported cipher mode xts")),
+        CipherMode::Ecb => Box::new(Ecb(make(key)?)),
+        CipherMode::Cbc => Box::new(Cbc(make(key)?, ivs)),
+        CipherMode::Ctr => Box::new(Ctr(make(key)?, ivs)),
+        CipherMode::Xts => {
+            let (data, tweak) = key.split_at(key.len() / 2);
+            let (data, tweak) = (make(data)?, make(tweak)?);
+            if data.block_len() != 16 {
+                return Err(BlockError::unsupported("Unsupported cipher mode xts"));
+            }
+            Box::new(Xts { data, tweak, ivs })
+        }
     })
 }
 
@@ -368,15 +380,13 @@ fn essiv_cipher(alg: CipherAlg, hash: HashAlg, salt: &[u8]) -> Result<Box<dyn Bl
         )));
     };
     Ok(match sized {
-        CipherAlg::Aes128 => Box::new(Wide(keyed::<Aes128>(salt)?)),
-        CipherAlg::Aes192 => Box::new(Wide(keyed::<Aes192>(salt)?)),
-        CipherAlg::Aes256 => Box::new(Wide(keyed::<Aes256>(salt)?)),
+        CipherAlg::Aes128 => Box::new(wide::<Aes128>(salt)?),
+        CipherAlg::Aes192 => Box::new(wide::<Aes192>(salt)?),
+        CipherAlg::Aes256 => Box::new(wide::<Aes256>(salt)?),
         CipherAlg::Serpent128 | CipherAlg::Serpent192 | CipherAlg::Serpent256 => {
-            Box::new(Wide(keyed::<Serpent>(salt)?))
+            Box::new(wide::<Serpent>(salt)?)
         }
-        CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => {
-            Box::new(Wide(keyed::<Twofish>(salt)?))
-        }
-        CipherAlg::Cast5 => Box::new(Narrow(keyed::<Cast5>(salt)?)),
+        CipherAlg::Twofish128 | CipherAlg::Twofish192 | CipherAlg::Twofish256 => Box::new(twofish(salt)?),
+        CipherAlg::Cast5 => Box::new(narrow::<Cast5>(salt)?),
     })
 }

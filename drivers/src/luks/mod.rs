@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `spec` | names of ciphers, modes, hashes; hashing and PBKDF2 |
 //! | `cipher` | sectors in, sectors out |
+//! | `twofish` | one cipher whose crate is too slow for disks |
 //! | `header` | the header on disk |
 //! | `af` | the anti-forensic splitter |
 //! | `volume` | unlocking, and what an unlocked volume does |
@@ -30,6 +31,7 @@ mod options;
 pub(crate) mod spec;
 #[cfg(test)]
 mod tests;
+mod twofish;
 pub(crate) mod volume;
 
 pub(crate) use header::Place;

@@ -12,6 +12,7 @@ use super::cipher::SectorCipher;
 use super::format::{self, Created, LuksParams};
 use super::header::{HEADER_LEN, Header, MATERIAL, Place, SLOTS};
 use super::spec::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvGen};
+use super::twofish::Twofish;
 use super::volume::{Loaded, Volume};
 use super::{SECTOR, af};
 
@@ -53,6 +54,41 @@ fn xts_gives_what_ieee_1619_says() {
         "1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b",
         "c4f36ffda9fcea70b9c6e693e148c151",
     );
+}
+
+/// Against the crate of that name, and a vector of the paper's.
+#[test]
+fn twofish_is_twofish() {
+    use cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+
+    let mut block = [0; 16];
+    Twofish::new(&[0; 16]).unwrap().encrypt_block(&mut block);
+    assert_eq!(block.to_vec(), unhex("9f589f5cf6122c32b6bfec2f2ae8c35a"));
+    assert!(Twofish::new(&[0; 15]).is_none());
+    let mut rng: u32 = 1;
+    let mut byte = || {
+        rng = rng.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (rng >> 24) as u8
+    };
+    for len in [16, 24, 32] {
+        for _ in 0..50 {
+            let key: Vec<u8> = (0..len).map(|_| byte()).collect();
+            let plain: [u8; 16] = std::array::from_fn(|_| byte());
+            let (ours, theirs) =
+                (Twofish::new(&key).unwrap(), twofish::Twofish::new_from_slice(&key).unwrap());
+            let (mut one, mut other) = (plain, plain.into());
+            ours.encrypt_block(&mut one);
+            theirs.encrypt_block(&mut other);
+            assert_eq!(one[..], other[..], "{len}");
+            ours.decrypt_block(&mut one);
+            assert_eq!(one, plain, "{len}");
+            // Blocks that are no ciphertext of anything seen before.
+            ours.decrypt_block(&mut one);
+            other = plain.into();
+            theirs.decrypt_block(&mut other);
+            assert_eq!(one[..], other[..], "{len}");
+        }
+    }
 }
 
 /// Batches, their rests and single sectors agree, for every combination.
