@@ -1,7 +1,8 @@
 //! The block drivers of ringblk: one folder each, and the list they are registered by.
 //!
 //! The process hands [`ALL`] to the graph; nobody else names a driver. Drivers know the graph's `Driver` trait and the
-//! host's files; they must not know each other, virtio or QMP. A new driver is a new folder and its line in the list.
+//! host's files; they must not know each other, virtio or QMP. A new driver is a new folder and its line in the list. One
+//! folder is more than a driver: the ciphers of `luks` are also those of encrypted qcow2 images.
 //!
 //! Every folder has the same files: `mod.rs` (what it is, its state, its [`DriverDef`]), `options.rs` (its options; their
 //! comments are the reference), `open.rs`, `io.rs`, `tests.rs`.
