@@ -3,6 +3,7 @@
 //! The driver does the work; this reports it in qemu-img's words and exit status. A repair is followed by a second look.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 
 use graph::{CheckFix, CheckReport, Errno, Purpose};
 use serde_json::{Map, Value, json};
@@ -45,9 +46,7 @@ pub async fn run(session: Session, args: CheckArgs) -> Outcome {
     let image = session.open(&spec, how).await?;
     let format = image.node()?.driver_name();
     let mut report = check(&image, fix).await?;
-    if args.output == Output::Human && !args.quiet.quiet {
-        output::print(&messages(&report))?;
-    }
+    tell(&args, &report);
     let (leaks_fixed, corruptions_fixed) = (report.leaks_fixed, report.corruptions_fixed);
     if repairs && (leaks_fixed > 0 || corruptions_fixed > 0) {
         if args.output == Output::Human && !args.quiet.quiet {
@@ -57,9 +56,7 @@ pub async fn run(session: Session, args: CheckArgs) -> Outcome {
             ))?;
         }
         report = check(&image, CheckFix::NONE).await?;
-        if args.output == Output::Human && !args.quiet.quiet {
-            output::print(&messages(&report))?;
-        }
+        tell(&args, &report);
         report.leaks_fixed = leaks_fixed;
         report.corruptions_fixed = corruptions_fixed;
     }
@@ -86,12 +83,16 @@ async fn check(image: &Image, fix: CheckFix) -> Result<CheckReport, Failure> {
     done.ok_or_else(|| Failure::new("This image format does not support checks").with_status(UNSUPPORTED))
 }
 
-fn messages(report: &CheckReport) -> String {
-    report.messages.iter().fold(String::new(), |mut all, line| {
-        all.push_str(line);
-        all.push('\n');
-        all
-    })
+/// What was found, line by line on stderr: results alone go to stdout.
+fn tell(args: &CheckArgs, report: &CheckReport) {
+    if args.quiet.quiet {
+        return;
+    }
+    let mut err = std::io::stderr().lock();
+    for line in &report.messages {
+        // Nothing to be done when nobody can read it.
+        let _ = writeln!(err, "{line}");
+    }
 }
 
 fn status(report: &CheckReport) -> u8 {

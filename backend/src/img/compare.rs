@@ -3,6 +3,7 @@
 //! Both are read on the iothread, several ranges at a time; what is known to be zero on both sides is not read. The result
 //! comes in the order of offsets. Exit status: 0 same, 1 different, 2 or more failed.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -108,7 +109,8 @@ async fn compare(
     let b = b.map(Image::view).transpose()?;
     let progress = progress.clone();
     let call = session.thread().call(move |local| {
-        let sides = Sides { a: a.io(&local), b: b.map(|b: Arc<View>| b.io(&local)) };
+        let sides =
+            Sides { a: a.io(&local), b: b.map(|b: Arc<View>| b.io(&local)), spare: RefCell::default() };
         on_thread(local, Rc::new(sides), range, strict, progress, total)
     });
     Ok(call.await.map_err(|e| Failure::new(e.to_string()))??)
@@ -118,6 +120,25 @@ struct Sides {
     a: NodeIo,
     /// None: zeroes.
     b: Option<NodeIo>,
+    /// Buffers of `CHUNK` bytes that are not in use: fresh memory costs more than reading into it.
+    spare: RefCell<Vec<IoVecs>>,
+}
+
+impl Sides {
+    /// Reads a range, at most a chunk.
+    async fn read(&self, io: &NodeIo, at: u64, len: usize) -> graph::Result<IoVecs> {
+        let spare = self.spare.borrow_mut().pop();
+        let buffer = match spare {
+            Some(buffer) => buffer,
+            None => IoVecs::alloc(CHUNK as usize, 4096)?,
+        };
+        io.read(at, &buffer.slice(0, len)).await?;
+        Ok(buffer)
+    }
+
+    fn give_back(&self, buffer: IoVecs) {
+        self.spare.borrow_mut().push(buffer);
+    }
 }
 
 async fn on_thread(
@@ -195,22 +216,24 @@ async fn plan(sides: &Sides, at: u64, len: u64, strict: bool) -> graph::Result<S
 
 async fn work(sides: &Sides, at: u64, step: Step) -> graph::Result<Verdict> {
     let len = step.len as usize;
-    let read = async |io: &NodeIo| -> graph::Result<IoVecs> {
-        let buffer = IoVecs::alloc(len, 4096)?;
-        io.read(at, &buffer).await?;
-        Ok(buffer)
-    };
     let other = sides.b.as_ref().unwrap_or(&sides.a);
     let found = match step.kind {
         Kind::Skip => None,
         Kind::Status => return Ok(Verdict::Status(at)),
         Kind::Zero { first } => {
-            let buffer = read(if first { &sides.a } else { other }).await?;
-            if buffer.is_zero() { None } else { first_difference(&buffer, &IoVecs::alloc(len, 1)?) }
+            let buffer = sides.read(if first { &sides.a } else { other }, at, len).await?;
+            let part = buffer.slice(0, len);
+            let zero = part.is_zero();
+            let found = if zero { None } else { first_difference(&part, &IoVecs::alloc(len, 1)?) };
+            sides.give_back(buffer);
+            found
         }
         Kind::Both => {
-            let (a, b) = (read(&sides.a).await?, read(other).await?);
-            first_difference(&a, &b)
+            let (a, b) = (sides.read(&sides.a, at, len).await?, sides.read(other, at, len).await?);
+            let found = first_difference(&a.slice(0, len), &b.slice(0, len));
+            sides.give_back(a);
+            sides.give_back(b);
+            found
         }
     };
     Ok(found.map_or(Verdict::Same, |n| Verdict::Content((at + n) / SECTOR * SECTOR)))

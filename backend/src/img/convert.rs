@@ -3,6 +3,7 @@
 //! Opens both sides, creates the target unless it is there, and lets the jobs' copy engine do the work. What cannot be read
 //! ends the command, or with `--salvage` is reported and becomes zeroes.
 
+use host::{IoThread, IoThreadOptions};
 use jobs::Control;
 use jobs::copy::{CopyOptions, CopyReport, MAX_TASKS, TargetZero, copy};
 
@@ -249,6 +250,17 @@ async fn transfer(
     let shown = progress.clone();
     control.watch(Box::new(move |done, total| shown.set(done, total)));
     let names: Vec<&str> = sources.iter().map(Image::node_name).collect();
-    let threads = [session.thread().clone()];
-    Ok(copy(session.graph(), &names, target.node_name(), &threads, &options, &control).await?)
+    let mut threads = vec![session.thread().clone()];
+    let mut options = options;
+    // Half of the requests on a thread of their own: reading and looking for zeroes goes on while the other one writes.
+    if options.tasks > 1
+        && let Ok(second) =
+            IoThread::start(IoThreadOptions { name: "copy".into(), ..IoThreadOptions::default() })
+    {
+        options.tasks = options.tasks.div_ceil(2);
+        threads.push(second);
+    }
+    let result = copy(session.graph(), &names, target.node_name(), &threads, &options, &control).await;
+    threads.drain(1..).for_each(IoThread::stop);
+    Ok(result?)
 }

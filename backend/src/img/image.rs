@@ -97,17 +97,25 @@ impl Session {
     /// # Errors
     /// No format was given, or what its driver says.
     pub async fn open(&self, spec: &Spec, how: How) -> Result<Image, Failure> {
+        self.open_with(spec, how, None).await
+    }
+
+    async fn open_with(&self, spec: &Spec, how: How, snapshot: Option<String>) -> Result<Image, Failure> {
         let node = self.fresh_name();
-        let added = if spec.opts {
-            self.add_options(spec, how, &node).await
-        } else {
-            self.add_name(spec, how, &node).await
-        };
-        added.map_err(|e| e.context(format!("Could not open '{}'", spec.name)))?;
+        let failed = |e: Failure| e.context(format!("Could not open '{}'", spec.name));
+        let mut options = self.options(spec).map_err(failed)?;
+        how.put(&mut options, &node);
+        let driver = options.get("driver").and_then(Value::as_str).unwrap_or_default();
+        if how.alone && self.has_member(driver, "backing") {
+            options.insert("backing".to_owned(), Value::Null);
+        }
+        if let Some(id) = snapshot {
+            options.insert("snapshot".to_owned(), json!(id));
+        }
+        self.add_node(options, how.purpose).await.map_err(failed)?;
         let root = RootOptions::new("the command", how.writable);
         let attached = self.graph().attach(&node, root, Rc::new(NoSource)).await;
-        let root =
-            attached.map_err(|e| Failure::from(e).context(format!("Could not open '{}'", spec.name)))?;
+        let root = attached.map_err(|e| failed(e.into()))?;
         Ok(Image { name: spec.name.clone(), node, root, session: self.clone() })
     }
 
@@ -117,37 +125,24 @@ impl Session {
     /// No such snapshot, and as [`Session::open`].
     pub async fn open_snapshot(&self, spec: &Spec, how: How, text: &str) -> Result<Image, Failure> {
         let which = snapshot_ref(text);
-        let image = self.open(spec, how).await?;
-        let found = which.find(&image.node()?.driver().snapshots()).is_some();
-        image.close().await?;
-        if !found {
-            return Err(Failure::new("Failed to load snapshot: Can't find snapshot"));
-        }
-        Err(Failure::new("this build cannot read a snapshot in place: apply it to a copy of the image"))
+        let top = self.open(spec, How { alone: true, purpose: Purpose::Inspect, ..how }).await?;
+        let found = which.find(&top.node()?.driver().snapshots()).map(|s| s.id.clone());
+        top.close().await?;
+        let id = found.ok_or_else(|| Failure::new("Failed to load snapshot: Can't find snapshot"))?;
+        self.open_with(spec, how, Some(id)).await
     }
 
-    async fn add_name(&self, spec: &Spec, how: How, node: &str) -> Result<(), Failure> {
+    /// The options of an image's node.
+    fn options(&self, spec: &Spec) -> Result<Map<String, Value>, Failure> {
+        if spec.opts {
+            return self.typed(&spec.name);
+        }
         let Some(format) = &spec.format else {
             return Err(Failure::new(
                 "the format is not guessed: give -f FORMAT (-f raw for a plain disk image)",
             ));
         };
-        let mut options = self.named(&spec.name, Some(format))?;
-        how.put(&mut options, node);
-        if how.alone && self.has_backing(format) {
-            options.insert("backing".to_owned(), Value::Null);
-        }
-        self.add_node(options, how.purpose).await
-    }
-
-    async fn add_options(&self, spec: &Spec, how: How, node: &str) -> Result<(), Failure> {
-        let mut options = self.typed(&spec.name)?;
-        how.put(&mut options, node);
-        let driver = options.get("driver").and_then(Value::as_str).unwrap_or_default();
-        if how.alone && self.has_backing(driver) {
-            options.insert("backing".to_owned(), Value::Null);
-        }
-        self.add_node(options, how.purpose).await
+        self.named(&spec.name, Some(format))
     }
 
     /// The options in the text of `--image-opts`: those of `blockdev-add`, where a nested member that has a file name and no
@@ -164,6 +159,10 @@ impl Session {
                     return Err(Failure::new("the format is not guessed: give driver=FORMAT"));
                 }
                 for (key, nested) in options.iter().filter_map(|(k, v)| Some((k, v.as_object()?))) {
+                    // Said by the image as well; qemu-img does not want to hear it here.
+                    if key == "encrypt" && !nested.contains_key("format") {
+                        text.push_str(",encrypt.format=luks");
+                    }
                     if nested.contains_key("filename") && !nested.contains_key("driver") {
                         text.push_str(&format!(",{key}.driver=file"));
                     }
@@ -199,10 +198,10 @@ impl Session {
         Ok(options)
     }
 
-    /// Whether images of that format can have others below them.
-    pub fn has_backing(&self, format: &str) -> bool {
-        let Some(def) = self.graph().registry().get(format) else { return false };
-        (def.schema)().get("properties").and_then(|p| p.get("backing")).is_some()
+    /// Whether a node of that driver has an option of that name.
+    fn has_member(&self, driver: &str, option: &str) -> bool {
+        let Some(def) = self.graph().registry().get(driver) else { return false };
+        (def.schema)().get("properties").and_then(|p| p.get(option)).is_some()
     }
 }
 

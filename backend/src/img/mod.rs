@@ -113,3 +113,6 @@ fn usage(e: &clap::Error) -> Outcome {
     e.print()?;
     Ok(if asked { 0 } else { FAILED })
 }
+
+#[cfg(test)]
+mod tests;

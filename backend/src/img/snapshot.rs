@@ -112,7 +112,7 @@ pub fn list(snapshots: &[SnapshotInfo]) -> String {
             size::human(s.vm_state_size),
             local_time(s.date_sec),
             clock(s.vm_clock_nsec),
-            s.icount.map(|n| n.to_string()).unwrap_or_default()
+            s.icount.map_or_else(|| "--".to_owned(), |n| n.to_string())
         );
     }
     out

@@ -210,8 +210,10 @@ const COLUMN: usize = 25;
 /// The complete `--help` text.
 #[must_use]
 pub fn help_text() -> String {
-    let mut out =
-        String::from("Usage: ringblk [options]\nServe virtual disks to guests over vhost-user-blk.\n\n");
+    let mut out = String::from(
+        "Usage: ringblk [options]\n       ringblk img COMMAND [arguments]\nServe virtual disks to guests over \
+             vhost-user-blk; create, inspect and convert images (ringblk img --help).\n\n",
+    );
     for def in OPTIONS {
         if let Some(heading) = def.heading {
             out.push_str(&format!("\n{heading}:\n\n"));

@@ -1,0 +1,173 @@
+//! `convert`: what the copy shows is what the original shows, and it is laid out as qemu-img would lay it out.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use serde_json::Value;
+
+use crate::{Folder, corpus, text};
+
+/// The parts of the disk that the image itself stores as data. In raw images qemu-img sets a block aside at the beginning,
+/// whatever it holds: left out.
+fn stored(folder: &Folder, format: &str, name: &str) -> Vec<(u64, u64)> {
+    let map = folder.qemu("qemu-img", &["map", "-f", format, "--output=json", name]);
+    let map: Value = serde_json::from_str(&map).unwrap();
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for entry in map.as_array().unwrap().iter().filter(|e| e["data"] == true && e["depth"] == 0) {
+        let (mut start, mut len) = (entry["start"].as_u64().unwrap(), entry["length"].as_u64().unwrap());
+        if format == "raw" && start == 0 {
+            (start, len) = (4096, len.saturating_sub(4096));
+        }
+        match runs.last_mut() {
+            Some(last) if last.0 + last.1 == start => last.1 += len,
+            _ if len > 0 => runs.push((start, len)),
+            _ => {}
+        }
+    }
+    runs
+}
+
+#[test]
+fn copies_show_and_store_the_same() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let ways: &[&[&str]] = &[
+        &["-O", "raw"],
+        &["-O", "qcow2"],
+        &["-O", "qcow2", "-o", "cluster_size=4k"],
+        &["-O", "qcow2", "-c"],
+        &["-O", "raw", "-S", "0"],
+        &["-O", "raw", "-W", "-m", "16"],
+    ];
+    for (name, format) in corpus::all() {
+        for way in ways {
+            let target = if way.contains(&"qcow2") { "qcow2" } else { "raw" };
+            let args: Vec<&str> = ["convert", "-f", format]
+                .into_iter()
+                .chain(way.iter().copied())
+                .chain([name, "copy"])
+                .collect();
+            let _ = std::fs::remove_file(folder.path().join("copy"));
+            folder.qemu("qemu-img", &args);
+            std::fs::rename(folder.path().join("copy"), folder.path().join("theirs")).unwrap();
+            assert_eq!(folder.ours(&args), "", "{args:?}");
+            folder.same((name, format), ("copy", target));
+            assert_eq!(stored(&folder, target, "copy"), stored(&folder, target, "theirs"), "{args:?}");
+            if target == "qcow2" {
+                folder.check("copy");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_target_that_exists_is_overwritten_as_a_whole() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    for (name, format) in [("sparse.raw", "raw"), ("plain.qcow2", "qcow2")] {
+        for target in ["raw", "qcow2"] {
+            folder.qemu("qemu-img", &["convert", "-f", "raw", "-O", target, "dense.raw", "copy"]);
+            folder.ours(&["convert", "-n", "-f", format, "-O", target, name, "copy"]);
+            folder.same((name, format), ("copy", target));
+            let opts = format!("driver={target},file.filename=copy");
+            folder.qemu("qemu-img", &["create", "-q", "-f", target, "copy", "8M"]);
+            folder.ours(&[
+                "convert",
+                "-n",
+                "--target-is-zero",
+                "--target-image-opts",
+                "-f",
+                format,
+                name,
+                &opts,
+            ]);
+            folder.same((name, format), ("copy", target));
+        }
+    }
+    folder.qemu("qemu-img", &["create", "-q", "-f", "raw", "short", "1M"]);
+    folder.both(&["convert", "-n", "-f", "raw", "-O", "raw", "sparse.raw", "short"]);
+}
+
+#[test]
+fn several_images_become_one() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    folder.ours(&["convert", "-f", "qcow2", "-O", "raw", "plain.qcow2", "sub.qcow2", "small.qcow2", "copy"]);
+    folder.qemu(
+        "qemu-img",
+        &["convert", "-f", "qcow2", "-O", "raw", "plain.qcow2", "sub.qcow2", "small.qcow2", "theirs"],
+    );
+    folder.same(("copy", "raw"), ("theirs", "raw"));
+}
+
+#[test]
+fn a_copy_above_a_backing_file_holds_the_difference() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let args =
+        ["convert", "-f", "qcow2", "-O", "qcow2", "-B", "over.qcow2", "-F", "qcow2", "top.qcow2", "copy"];
+    folder.qemu("qemu-img", &args);
+    std::fs::rename(folder.path().join("copy"), folder.path().join("theirs")).unwrap();
+    folder.ours(&args);
+    folder.same(("top.qcow2", "qcow2"), ("copy", "qcow2"));
+    assert_eq!(stored(&folder, "qcow2", "copy"), stored(&folder, "qcow2", "theirs"));
+}
+
+#[test]
+fn a_snapshot_inside_is_copied() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    folder.qemu("qemu-img", &["snapshot", "-c", "then", "plain.qcow2"]);
+    folder.qemu("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", "plain.qcow2", "then.raw"]);
+    corpus::scribble(&folder, "plain.qcow2", 60);
+    for which in ["then", "1", "snapshot.id=1", "snapshot.name=then", "snapshot.id=1,snapshot.name=then"] {
+        folder.ours(&["convert", "-l", which, "-f", "qcow2", "-O", "raw", "plain.qcow2", "copy"]);
+        folder.same(("copy", "raw"), ("then.raw", "raw"));
+    }
+    let line =
+        folder.refused(1, &["convert", "-l", "never", "-f", "qcow2", "-O", "raw", "plain.qcow2", "copy"]);
+    assert!(line.contains("Can't find snapshot"), "{line}");
+}
+
+#[test]
+fn what_cannot_be_read_ends_the_copy_or_is_reported() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    // A cluster whose compressed data is nonsense: it cannot be read, everything else can.
+    folder.qemu("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "sparse.raw", "bad"]);
+    let map = folder.qemu("qemu-img", &["map", "-f", "qcow2", "--output=json", "bad"]);
+    let map: Value = serde_json::from_str(&map).unwrap();
+    let start =
+        map.as_array().unwrap().iter().find(|e| e["compressed"] == true).unwrap()["start"].as_u64().unwrap();
+    let file = File::options().read(true).write(true).open(folder.path().join("bad")).unwrap();
+    let at = |offset: u64| {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, offset).unwrap();
+        u64::from_be_bytes(word)
+    };
+    let table = at(at(40)) & 0x00ff_ffff_ffff_fe00;
+    let host = at(table + start / 65536 * 8) & ((1 << 54) - 1);
+    file.write_all_at(&[0xff; 512], host).unwrap();
+    let args = ["convert", "-f", "qcow2", "-O", "raw", "bad", "copy"];
+    folder.both(&args);
+    let salvage = [&args[..1], &["--salvage"], &args[1..]].concat();
+    let output = folder.img(&salvage);
+    let err = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{err}");
+    assert!(err.contains(&format!("error while reading offset {start}")), "{err}");
+    folder.qemu("qemu-img", &salvage);
+    let ours = std::fs::read(folder.path().join("copy")).unwrap();
+    let original = std::fs::read(folder.path().join("sparse.raw")).unwrap();
+    let (start, end) = (start as usize, start as usize + 65536);
+    assert!(ours[..start] == original[..start] && ours[end..] == original[end..]);
+    assert!(ours[start..end].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn progress_is_told_as_qemu_img_tells_it() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::raw(&folder);
+    let out = folder.ours(&["convert", "-p", "-f", "raw", "-O", "raw", "dense.raw", "copy"]);
+    assert!(out.starts_with("    (0.00/100%)\r"), "{out:?}");
+    assert!(out.ends_with("    (100.00/100%)\r\n"), "{out:?}");
+}
