@@ -14,11 +14,13 @@
 //! | `create.rs` | new images |
 //! | `check/` | checking and repairing |
 //! | `snapshot/` | internal snapshots |
+//! | `bitmap/` | persistent dirty bitmaps |
 //! | `codec.rs` | compressed clusters |
 //!
 //! Called by the graph; must not reach anything but its children.
 
 mod alloc;
+mod bitmap;
 pub mod check;
 pub mod codec;
 mod commit;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use graph::{BlockError, NodeIo};
 
 use super::alloc::Space;
+use super::bitmap::Bitmaps;
 use super::commit::{Commits, HeaderIo};
 use super::format::snapshot::Snapshot;
 use super::format::{Geometry, Header};
@@ -93,6 +94,8 @@ pub(crate) struct Qcow2 {
     pub(crate) crypt_info: serde_json::Map<String, serde_json::Value>,
     /// The snapshot table.
     pub(crate) snapshots: Mutex<Vec<Snapshot>>,
+    /// Dirty bitmaps, those in the image and those of the node.
+    pub(crate) bitmaps: Bitmaps,
 }
 
 /// No backing file.

@@ -15,6 +15,7 @@ use host::IoVecs;
 use serde_json::{Map, Value, json};
 
 use super::alloc::{Kind, PassDiscard, Space, SpaceConfig};
+use super::bitmap;
 use super::check::{self, NodeStorage};
 use super::commit::{Commits, HeaderIo, Health};
 use super::crypt;
@@ -80,6 +81,23 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         let header = Arc::clone(&header_io);
         cx.child_io(FILE, move |io| async move { header.clear_unknown_autoclear(&io).await }).await?;
     }
+    let (mut directory, set) = (Vec::new(), cx.bitmaps());
+    if common.purpose == Purpose::Use {
+        let (header, writable) = (image.header.clone(), !read_only);
+        let reading = cx.child_io(FILE, move |io| async move { bitmap::read(&io, &header, writable).await });
+        let (entries, bitmaps) = reading.await?;
+        directory = entries;
+        for bitmap in bitmaps {
+            set.add(bitmap)?;
+        }
+        if !read_only && !directory.is_empty() {
+            let (header, health) = (Arc::clone(&header_io), Arc::clone(&health));
+            let marking = cx.child_io(FILE, move |io| async move {
+                bitmap::mark_in_use(&io, &header, &health, &mut directory).await.map(|()| directory)
+            });
+            directory = marking.await?;
+        }
+    }
     let space = make_space(&cx, &image, &settings, &health, &header_io, geo)?;
     let sector = u64::from(cx.child(FILE)?.driver().limits().request_alignment.max(512));
     let tables = Tables::new(
@@ -110,6 +128,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         crypt_info,
         decoded: Default::default(),
         snapshots: Mutex::new(image.snapshots),
+        bitmaps: bitmap::Bitmaps::new(set, directory),
     };
     Ok(Opened::new(node).read_only(read_only && !common.read_only))
 }

@@ -267,6 +267,20 @@ pub struct XDbgBlockGraph {
     pub edges: Vec<XDbgBlockGraphEdge>,
 }
 
+/// The name of a backing file as it is found from here: names in an image count from the folder the image is in. `None` for an
+/// image without a plain name.
+fn full_name(image: &str, backing: &str) -> Option<String> {
+    let has_protocol = |name: &str| name.split('/').next().is_some_and(|first| first.contains(':'));
+    if backing.starts_with('/') || has_protocol(backing) {
+        return Some(backing.to_owned());
+    }
+    if image.is_empty() || image.starts_with("json:") {
+        return None;
+    }
+    let folder = image.rfind('/').map_or("", |at| &image[..=at]);
+    Some(format!("{folder}{backing}"))
+}
+
 impl State {
     /// The child that speaks for a node.
     pub(super) fn primary(&self, id: NodeId) -> Option<NodeId> {
@@ -324,7 +338,7 @@ impl State {
         } else {
             None
         };
-        let full = backing.map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty());
+        let full = info.backing_file.as_deref().and_then(|name| full_name(&info.filename, name));
         Some(ImageInfo {
             filename: info.filename,
             format: slot.node.driver_name().to_owned(),
@@ -333,7 +347,7 @@ impl State {
             virtual_size: slot.node.size(),
             cluster_size: info.cluster_size.map(u64::from),
             encrypted: info.encrypted.then_some(true),
-            full_backing_filename: info.backing_file.as_ref().and(full),
+            full_backing_filename: full,
             backing_filename: info.backing_file,
             backing_filename_format: info.backing_format,
             snapshots: slot.node.driver().snapshots().into_iter().map(SnapshotInfo::from).collect(),
@@ -352,13 +366,14 @@ impl State {
             depth += 1;
             backing = self.backing(below);
         }
-        let backing_file = self.backing(id).map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty());
+        let cow = self.children(id).find(|(_, e)| e.roles.contains(Roles::COW)).map(|(_, e)| e.child);
         Some(BlockDeviceInfo {
             file: image.filename.clone(),
             node_name: slot.node.name().to_owned(),
             ro: options.read_only,
             drv: slot.node.driver_name().to_owned(),
-            backing_file: backing_file.or_else(|| image.backing_filename.clone()),
+            // What shows through now, whatever the image says.
+            backing_file: cow.map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty()),
             backing_file_depth: depth,
             active: true,
             encrypted: image.encrypted.unwrap_or(false),
@@ -419,5 +434,23 @@ impl Graph {
             });
         }
         XDbgBlockGraph { nodes, edges }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::full_name;
+
+    #[test]
+    fn names_in_images_count_from_their_folder() {
+        let full = full_name;
+        assert_eq!(full("/a/b.qcow2", "c.qcow2").as_deref(), Some("/a/c.qcow2"));
+        assert_eq!(full("b.qcow2", "c.qcow2").as_deref(), Some("c.qcow2"));
+        assert_eq!(full("/a/b.qcow2", "/c.qcow2").as_deref(), Some("/c.qcow2"));
+        assert_eq!(full("/a/b.qcow2", "nbd://host/c").as_deref(), Some("nbd://host/c"));
+        assert_eq!(full("/a/b.qcow2", "x/c:d").as_deref(), Some("/a/x/c:d"));
+        assert_eq!(full("json:{}", "c.qcow2"), None);
     }
 }

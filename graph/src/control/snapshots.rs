@@ -151,7 +151,7 @@ impl Graph {
     ///
     /// # Errors
     /// As [`Graph::snapshot_delete`]; dirty bitmaps, which would not know what has changed; somebody who does not share
-    /// WRITE or RESIZE.
+    /// RESIZE.
     pub async fn snapshot_apply(&self, device: &str, query: &SnapshotQuery) -> Result<()> {
         let (node, holder) = self.snapshot_target(device)?;
         query.as_ref()?;
@@ -159,7 +159,8 @@ impl Graph {
             return Err(BlockError::new(Errno::EACCES, format!("Device '{device}' is read only")));
         }
         let options = RootOptions {
-            perm: Perm::WRITE | Perm::RESIZE,
+            // Not WRITE: exports do not share that, and whoever goes back has stopped the guest, not taken its disk away.
+            perm: Perm::RESIZE,
             // It sends no requests that others would have to look out for.
             granularity: 1 << 30,
             stay_at_node: true,

@@ -5,7 +5,7 @@ use graph::{CommonOptions, Registry};
 use qmp::schema::{SchemaBuilder, TypeRef};
 use qmp::{Commands, QmpError};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::State;
 use crate::daemon::errors::block;
@@ -37,6 +37,25 @@ struct BlockResize {
 struct QueryNamedBlockNodes {
     /// Leave out the images behind each node. Default: false.
     flat: Option<bool>,
+}
+
+/// What an export shows to its front end.
+#[derive(Serialize, JsonSchema)]
+struct BlockInfo {
+    /// The export.
+    device: String,
+    /// The export.
+    qdev: String,
+    /// Kept for QEMU's clients: "unknown".
+    #[serde(rename = "type")]
+    kind: String,
+    /// Kept for QEMU's clients: false.
+    removable: bool,
+    /// Kept for QEMU's clients: false.
+    locked: bool,
+    /// Its node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inserted: Option<BlockDeviceInfo>,
 }
 
 /// `query-blockstats`
@@ -119,6 +138,29 @@ pub fn register(commands: &mut Commands<State>, registry: &Registry) {
                 let nodes: Vec<BlockDeviceInfo> =
                     daemon.graph.query_named_block_nodes(a.flat.unwrap_or(false));
                 Ok(nodes)
+            },
+        )
+        .concurrent();
+    commands
+        .register_query(
+            "query-block",
+            "Tells of the disks that front ends see: one for each export.",
+            |daemon: State| async move {
+                let exports: Vec<_> = daemon.exports.borrow().values().map(|e| e.info()).collect();
+                let nodes = daemon.graph.query_named_block_nodes(false);
+                let mut disks: Vec<BlockInfo> = exports
+                    .into_iter()
+                    .map(|e| BlockInfo {
+                        inserted: nodes.iter().find(|n| n.node_name == e.node_name).cloned(),
+                        device: e.id.clone(),
+                        qdev: e.id,
+                        kind: "unknown".to_owned(),
+                        removable: false,
+                        locked: false,
+                    })
+                    .collect();
+                disks.sort_by(|a, b| a.device.cmp(&b.device));
+                Ok(disks)
             },
         )
         .concurrent();

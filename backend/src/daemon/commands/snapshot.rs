@@ -73,7 +73,7 @@ pub fn register(commands: &mut Commands<State>) {
         "Goes back to a snapshot inside the image of a node: its content and its size become what they were then, and what \
          was written since is gone unless another snapshot holds it. The snapshot stays. A guest that uses the disk sees it \
          change under its feet: stop it first, or have it not use the disk. Refused while the node has dirty bitmaps, and \
-         while a user of the node does not share writing and resizing. QEMU has no such command.",
+         while a user of the node does not share resizing. QEMU has no such command.",
         |daemon: State, a: BlockdevSnapshotRef| async move {
             daemon.ready_graph()?;
             let (device, query) = a.split();

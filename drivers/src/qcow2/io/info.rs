@@ -57,6 +57,9 @@ impl Qcow2 {
                 put("data-file-raw", json!(self.settings.data_file_raw));
             }
         }
+        if let Some(bitmaps) = self.bitmaps.info() {
+            data.insert("bitmaps".to_owned(), bitmaps);
+        }
         data
     }
 

@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Roles, SnapshotInfo, SnapshotRef,
+    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Result, Roles, SnapshotInfo, SnapshotRef,
     Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
@@ -101,7 +101,10 @@ impl Driver for Qcow2 {
     }
 
     fn truncate<'a>(&'a self, io: &'a NodeIo, size: u64, how: Truncate) -> BoxFut<'a, ()> {
-        Box::pin(self.resize(io, size, how))
+        Box::pin(async move {
+            self.bitmaps_allow_resize()?;
+            self.resize(io, size, how).await
+        })
     }
 
     fn supports_compressed(&self) -> bool {
@@ -130,6 +133,22 @@ impl Driver for Qcow2 {
 
     fn snapshot_delete<'a>(&'a self, io: &'a NodeIo, which: SnapshotRef) -> BoxFut<'a, SnapshotInfo> {
         Box::pin(async move { self.remove_snapshot(io, &which).await })
+    }
+
+    fn supports_bitmaps(&self) -> bool {
+        true
+    }
+
+    fn make_bitmap_persistent_ok(&self, name: &str, granularity: u32) -> Result<()> {
+        self.can_store_bitmap(name, granularity)
+    }
+
+    fn store_bitmaps<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
+        Box::pin(Qcow2::store_bitmaps(self, io))
+    }
+
+    fn remove_stored_bitmap<'a>(&'a self, io: &'a NodeIo, name: String) -> BoxFut<'a, ()> {
+        Box::pin(async move { self.remove_bitmap(io, &name).await })
     }
 
     fn backing_child(&self) -> Option<usize> {

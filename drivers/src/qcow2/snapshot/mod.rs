@@ -28,7 +28,7 @@ use super::format::snapshot::{Snapshot, check_table_len};
 use super::node::{FILE, Qcow2};
 
 /// A new place for metadata that nothing refers to yet; given back unless kept.
-struct Unlinked<'a> {
+pub(super) struct Unlinked<'a> {
     node: &'a Qcow2,
     offset: u64,
     bytes: u64,
@@ -36,7 +36,7 @@ struct Unlinked<'a> {
 
 impl<'a> Unlinked<'a> {
     /// Writes `data` to new clusters in a row; nothing is allocated for no data.
-    async fn write(node: &'a Qcow2, io: &NodeIo, mut data: Vec<u8>) -> Result<Unlinked<'a>> {
+    pub(super) async fn write(node: &'a Qcow2, io: &NodeIo, mut data: Vec<u8>) -> Result<Unlinked<'a>> {
         if data.is_empty() {
             return Ok(Unlinked { node, offset: 0, bytes: 0 });
         }
@@ -50,8 +50,13 @@ impl<'a> Unlinked<'a> {
         Ok(new)
     }
 
+    /// Where it is, bytes; 0 for no data.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// It is referred to from now on.
-    fn keep(mut self, kind: Kind) {
+    pub(super) fn keep(mut self, kind: Kind) {
         self.node.space.add_metadata(kind, self.offset, self.bytes);
         self.bytes = 0;
     }
@@ -98,7 +103,7 @@ impl Qcow2 {
     }
 
     /// Refcounts as they are in memory are durable.
-    async fn write_counts_durably(&self, io: &NodeIo) -> Result<()> {
+    pub(super) async fn write_counts_durably(&self, io: &NodeIo) -> Result<()> {
         self.space.write_counts(&io.child(FILE), None).await?;
         self.commits.barrier(self, io).await
     }

@@ -2,6 +2,7 @@
 //! commands and events, and everything that must be refused without a trace.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod bitmaps;
 mod compatible;
 mod events;
 mod limits;
