@@ -81,12 +81,13 @@ impl Check {
             ..RootOptions::new(format!("block job '{}'", at.id()), false)
         };
         let hold = Hold::attach(&self.graph, &self.node, options, at.control()).await?;
-        let (view, node) = (hold.root().view(), hold.node()?);
+        let node = hold.node()?;
         *self.hold.borrow_mut() = Some(hold);
-        let view = view.ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))?;
         at.rest().await?;
-        // Under a drain nothing changes the graph below either: the view stays true.
-        let guard = self.graph.drain(&self.node).await?;
+        let guard = self.graph.drain(node.name()).await?;
+        // Taken inside of the drain: graph changes are drained too, so that it stays true until the guard goes.
+        let view = self.hold.borrow().as_ref().and_then(|h| h.root().view());
+        let view = view.ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))?;
         let call = self.thread.call(move |local| async move {
             let io = view.io(&local);
             drop(view);
