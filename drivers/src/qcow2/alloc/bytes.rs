@@ -22,6 +22,11 @@ impl Space {
     /// # Errors
     /// As [`Space::alloc_in`]; `EINVAL` for more than a cluster.
     pub(crate) async fn alloc_bytes_in(&self, file: &NodeIo, bytes: u64) -> Result<u64> {
+        let result = self.alloc_bytes_unmarked(file, bytes).await;
+        self.marked(file, result).await
+    }
+
+    async fn alloc_bytes_unmarked(&self, file: &NodeIo, bytes: u64) -> Result<u64> {
         self.health.check()?;
         let size = self.geo.cluster_size();
         if bytes == 0 || bytes > size {

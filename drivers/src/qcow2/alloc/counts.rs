@@ -191,10 +191,15 @@ impl Space {
         let unit = file.limits().request_alignment as usize;
         let mut copies = lock(&self.state).blocks.collect(only, unit);
         let result = write_all(file, std::mem::take(&mut copies.writes)).await;
-        let mut state = lock(&self.state);
         match result {
-            Ok(()) => state.blocks.written(&copies),
-            Err(_) => state.blocks.failed(&copies),
+            Ok(()) => lock(&self.state).blocks.written(&copies),
+            Err(_) => lock(&self.state).blocks.failed(&copies),
+        }
+        // What is clean now need not stay, unless somebody is just using what it has loaded.
+        if let Some(_slow) = self.slow.try_lock() {
+            let mut state = lock(&self.state);
+            let now = state.blocks.now();
+            state.blocks.shrink(now);
         }
         result
     }

@@ -70,6 +70,22 @@ impl Space {
     /// `ENOSPC` where the file cannot grow, `EFBIG` past what the format can address, what the file says. Everything is
     /// as before then.
     pub(crate) async fn alloc_in(&self, file: &NodeIo, clusters: u64, contiguous: bool) -> Result<Extent> {
+        let result = self.alloc_unmarked(file, clusters, contiguous).await;
+        self.marked(file, result).await
+    }
+
+    /// An error passes through; if it tells of damage the image is marked first.
+    pub(super) async fn marked<T>(&self, file: &NodeIo, result: Result<T>) -> Result<T> {
+        if result.is_err()
+            && self.health.take_unmarked()
+            && let Err(e) = self.header.mark_corrupt(file).await
+        {
+            log::warn!("an image that was found damaged could not be marked: {e}");
+        }
+        result
+    }
+
+    async fn alloc_unmarked(&self, file: &NodeIo, clusters: u64, contiguous: bool) -> Result<Extent> {
         self.health.check()?;
         let clusters = clusters.max(1);
         if let Some(extent) = self.from_slot(clusters, contiguous) {
@@ -141,20 +157,7 @@ impl Space {
         lock(&self.state).waiting.push_front((Ticket::default(), vec![freed]));
     }
 
-    /// As [`Space::give_back`] for clusters nothing was written to.
-    pub(crate) fn give_back_unused(&self, extent: Extent) {
-        if extent.zero {
-            let mut slot = lock(self.slot());
-            let first = extent.offset >> self.geo.cluster_bits();
-            if slot.zero && slot.next == first + extent.clusters {
-                slot.next = first;
-                return;
-            }
-        }
-        self.return_now(extent);
-    }
-
-    /// As `give_back`, past the slots: free at the next occasion.
+    /// As `give_back` for an extent.
     pub(super) fn return_now(&self, extent: Extent) {
         self.give_back(extent.offset, extent.clusters << self.geo.cluster_bits());
     }

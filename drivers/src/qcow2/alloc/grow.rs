@@ -96,12 +96,7 @@ impl Space {
     async fn lengthen(&self, file: &NodeIo, end: u64) -> Result<()> {
         let block = u64::from(file.limits().request_alignment).max(512);
         let zeroes = IoVecs::alloc(block as usize, META_ALIGN)?;
-        let result = file.write(end - block, &zeroes, WriteFlags::empty()).await;
-        result.map_err(|e| match e.errno() {
-            // A device, or a part of a file, cannot grow; both say so in several ways.
-            Errno::EIO | Errno::ENOSPC if file.size() < end => Errno::ENOSPC.into(),
-            _ => e,
-        })
+        file.write(end - block, &zeroes, WriteFlags::empty()).await
     }
 
     /// Gives the image a refcount block for a range that has none. May move the end. `slow` is held.

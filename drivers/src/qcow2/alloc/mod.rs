@@ -31,8 +31,6 @@ mod take;
 pub(crate) mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use graph::{BlockError, Epochs, Errno, Ticket};
@@ -166,7 +164,7 @@ struct State {
 pub(crate) struct Space {
     geo: Geometry,
     pass_discard: PassDiscard,
-    lazy: AtomicBool,
+    lazy: bool,
     state: Mutex<State>,
     /// Whoever loads, creates, grows or releases.
     slow: host::sync::Mutex<()>,
@@ -215,7 +213,7 @@ impl Space {
         Space {
             geo,
             pass_discard: config.pass_discard,
-            lazy: AtomicBool::new(config.lazy),
+            lazy: config.lazy,
             state: Mutex::new(state),
             slow: host::sync::Mutex::new(()),
             writes: host::sync::Mutex::new(()),
@@ -230,12 +228,7 @@ impl Space {
 
     /// Whether refcounts stay in memory until the image is closed.
     pub(crate) fn lazy(&self) -> bool {
-        self.lazy.load(Acquire)
-    }
-
-    /// Turns lazy refcounts on or off; drained, nothing dirty.
-    pub(crate) fn set_lazy(&self, lazy: bool) {
-        self.lazy.store(lazy, Release);
+        self.lazy
     }
 
     /// Notes that metadata lies somewhere from now on.

@@ -184,7 +184,7 @@ impl HeaderIo {
     }
 
     /// The corrupt bit, durably; for images of version 3.
-    pub(super) async fn mark_corrupt(&self, file: &NodeIo) -> Result<()> {
+    pub(crate) async fn mark_corrupt(&self, file: &NodeIo) -> Result<()> {
         if self.header().version < 3 || self.has_incompatible(INCOMPAT_CORRUPT) {
             return Ok(());
         }

@@ -96,7 +96,7 @@ impl Health {
     }
 
     /// True once after a contradiction was found.
-    pub(super) fn take_unmarked(&self) -> bool {
+    pub(crate) fn take_unmarked(&self) -> bool {
         self.state.compare_exchange(DAMAGED, MARKED, AcqRel, Acquire).is_ok()
     }
 

@@ -45,7 +45,7 @@ pub(crate) struct Commits {
     group: Group,
     health: Arc<Health>,
     header: Arc<HeaderIo>,
-    /// The dirty bit was set by us, or inherited by a repair we ran: to be cleared at close.
+    /// Opened for writing.
     writable: bool,
     /// The image was changed behind our back, by a repair: nothing in memory is true any more.
     left: AtomicBool,
@@ -80,12 +80,6 @@ impl Commits {
     #[inline]
     pub(crate) fn is_fine(&self) -> bool {
         self.health.is_fine()
-    }
-
-    /// The opposite.
-    #[inline]
-    pub(crate) fn stopped(&self) -> bool {
-        !self.is_fine()
     }
 
     /// `EIO` with the reason once [`Commits::is_fine`] is false.
@@ -129,7 +123,11 @@ impl Commits {
     async fn run(&self, parts: Parts<'_>) -> Result<()> {
         self.health.check()?;
         let Parts { tables, space, file, data } = parts;
-        space.release(file).await?;
+        if let Err(e) = space.release(file).await {
+            self.health.check()?;
+            // Space that comes back later; nothing of what is to be flushed.
+            log::warn!("freed clusters of an image could not be counted down: {e}");
+        }
         let freed = space.take_pending();
         let dirty = tables.collect();
         let clean = dirty.writes.is_empty() && freed.is_empty();

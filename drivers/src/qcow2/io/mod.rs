@@ -13,9 +13,11 @@
 //! | `compressed.rs`, `decoded.rs` | compressed clusters |
 //! | `status.rs` | what is known about ranges |
 //! | `truncate.rs`, `prealloc.rs` | changing the size |
+//! | `backing.rs` | the name of the backing file |
 //! | `check.rs` | looking for contradictions |
 //! | `info.rs` | what the queries are told |
 
+mod backing;
 mod check;
 mod compressed;
 pub(crate) mod decoded;
@@ -34,12 +36,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo, Op, Perm, Result, Roles, SnapshotInfo, SnapshotRef,
-    Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo,
+    Op, Perm, Result, Roles, SnapshotInfo, SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 
-use super::node::{NO_BACKING, Qcow2};
+use super::node::{FILE, NO_BACKING, Qcow2};
 
 impl Driver for Qcow2 {
     #[inline]
@@ -47,6 +49,10 @@ impl Driver for Qcow2 {
         match op {
             Op::Read => self.map_read(offset, len),
             Op::Write => self.map_write(offset, len),
+            // Nothing to commit: the data alone.
+            Op::Flush if self.data_file.is_none() && self.commits.is_clean(self) => {
+                Map::Child { child: FILE, offset: 0, len }
+            }
             // Zeroing and discarding change entries; a flush is a commit.
             Op::WriteZeroes | Op::Discard | Op::Flush => Map::Drive,
         }
@@ -149,6 +155,15 @@ impl Driver for Qcow2 {
 
     fn remove_stored_bitmap<'a>(&'a self, io: &'a NodeIo, name: String) -> BoxFut<'a, ()> {
         Box::pin(async move { self.remove_bitmap(io, &name).await })
+    }
+
+    fn change_backing_file<'a>(
+        &'a self,
+        io: &'a NodeIo,
+        name: Option<String>,
+        format: Option<String>,
+    ) -> BoxFut<'a, ()> {
+        Box::pin(self.rename_backing(io, name, format))
     }
 
     fn backing_child(&self) -> Option<usize> {

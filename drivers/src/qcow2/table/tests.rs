@@ -1,6 +1,8 @@
 //! Tests of the tables in memory: decoding, the cache of slices, what a commit collects.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use super::*;
 use crate::qcow2::format::{COMPRESSED, COPIED, ZERO};
 
@@ -182,7 +184,7 @@ fn readers_never_see_half_a_change() {
         scope.spawn(|| {
             let mut seen = 0u64;
             while !stop.load(Relaxed) {
-                let pair = t.cache.read(0, |w| (w[10].load(Relaxed), w[11].load(Relaxed)));
+                let pair = t.cache.read(0, |w| (w.get(10), w.get(11)));
                 if let Some((a, b)) = pair {
                     assert_eq!(a, b);
                     assert!(a >= seen);
