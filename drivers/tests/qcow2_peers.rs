@@ -23,7 +23,8 @@ const BLOCK: u64 = 4096;
 /// Runs a tool that must succeed; what it printed.
 fn run(name: &str, args: &[&str]) -> String {
     let output = tool(name, args).expect("QEMU's tools are installed");
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{name} {args:?}: {text}");
     text
 }
@@ -80,7 +81,10 @@ impl Image {
         let raw = self.dir.path().join("raw");
         let secret = format!("secret,id=s0,data={KEY}");
         let opts = self.opts();
-        run("qemu-img", &["convert", "--object", &secret, "--image-opts", &opts, "-O", "raw", raw.to_str().unwrap()]);
+        run(
+            "qemu-img",
+            &["convert", "--object", &secret, "--image-opts", &opts, "-O", "raw", raw.to_str().unwrap()],
+        );
         let content = std::fs::read(&raw).unwrap();
         assert_eq!(content.len() as u64, self.size);
         content
@@ -121,12 +125,15 @@ struct Open {
 impl Open {
     fn new(options: Value, threads: usize) -> Open {
         let threads: Vec<IoThread> = (0..threads)
-            .map(|n| IoThread::start(IoThreadOptions { name: format!("t{n}"), ..Default::default() }).unwrap())
+            .map(|n| {
+                IoThread::start(IoThreadOptions { name: format!("t{n}"), ..Default::default() }).unwrap()
+            })
             .collect();
         let graph = Graph::new(registry(), threads.first().cloned());
         graph.secrets().add("s0", Secret::new(KEY.into())).unwrap();
         block_on(graph.blockdev_add(options)).unwrap();
-        let root = block_on(graph.attach("q", RootOptions::new("the test", true), Rc::new(NoSource))).unwrap();
+        let root =
+            block_on(graph.attach("q", RootOptions::new("the test", true), Rc::new(NoSource))).unwrap();
         Open { graph, threads, root: Some(root) }
     }
 
@@ -226,21 +233,22 @@ fn scribble(open: &Open, model: &mut [u8], stretch: u64, unit: u64, steps: u32, 
                 scope.spawn(move || {
                     thread.call_blocking(move |local| async move {
                         let io: NodeIo = view.io(&local);
-                        let tasks = hands.into_iter().enumerate().filter(|(_, h)| !h.is_empty()).map(|(k, hand)| {
-                            let way = if k % 2 == 0 { Way::Mapped } else { Way::Driven };
-                            let mut task = Task {
-                                client: Client { io: io.clone(), way },
-                                rng: Rng::new(seed * 1000 + (t * TASKS + k) as u64),
-                                stretches: hand,
-                                unit,
-                            };
-                            async move {
-                                for _ in 0..steps {
-                                    task.step().await;
+                        let tasks =
+                            hands.into_iter().enumerate().filter(|(_, h)| !h.is_empty()).map(|(k, hand)| {
+                                let way = if k % 2 == 0 { Way::Mapped } else { Way::Driven };
+                                let mut task = Task {
+                                    client: Client { io: io.clone(), way },
+                                    rng: Rng::new(seed * 1000 + (t * TASKS + k) as u64),
+                                    stretches: hand,
+                                    unit,
+                                };
+                                async move {
+                                    for _ in 0..steps {
+                                        task.step().await;
+                                    }
+                                    task.stretches
                                 }
-                                task.stretches
-                            }
-                        });
+                            });
                         let done = join_all(&io, tasks).await;
                         done.into_iter().flat_map(|d| d.expect("a task panicked")).collect::<Vec<_>>()
                     })
@@ -274,7 +282,11 @@ fn same(a: &[u8], b: &[u8], what: &str) {
     assert_eq!(a.len(), b.len(), "{what}");
     if let Some(at) = a.iter().zip(b).position(|(a, b)| a != b) {
         let end = a.iter().zip(b).rposition(|(a, b)| a != b).unwrap();
-        panic!("{what}: differs from {at:#x} to {end:#x}: {:02x?} / {:02x?}", &a[at..][..8.min(a.len() - at)], &b[at..][..8.min(b.len() - at)]);
+        panic!(
+            "{what}: differs from {at:#x} to {end:#x}: {:02x?} / {:02x?}",
+            &a[at..][..8.min(a.len() - at)],
+            &b[at..][..8.min(b.len() - at)]
+        );
     }
 }
 
@@ -390,7 +402,13 @@ fn external_data_that_stands_alone() {
 
 #[test]
 fn encrypted() {
-    shape("encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10,cluster_size=8k", 8 * M, json!({}), 20 * 1024, 150);
+    shape(
+        "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10,cluster_size=8k",
+        8 * M,
+        json!({}),
+        20 * 1024,
+        150,
+    );
     shape(
         "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10,extended_l2=on,cluster_size=16k",
         8 * M,
@@ -413,7 +431,12 @@ fn overlay(options: &str, size: u64, backing: u64, format: &str) -> Image {
     let mut rng = Rng::new(seed());
     for _ in 0..30 {
         let (at, len) = rng.range(backing - 1024);
-        let command = format!("write -P {} {} {}", rng.below(255) + 1, at & !511, (len.next_multiple_of(512)).min(backing - (at & !511)));
+        let command = format!(
+            "write -P {} {} {}",
+            rng.below(255) + 1,
+            at & !511,
+            (len.next_multiple_of(512)).min(backing - (at & !511))
+        );
         run("qemu-io", &["-f", format, "-c", &command, base.to_str().unwrap()]);
     }
     let moved = |image: Image| {
@@ -436,7 +459,12 @@ fn over_backing_files() {
     }
     round(&overlay("", 8 * M, 8 * M, "qcow2"), &json!({}), 12 * 1024, 150);
     round(&overlay("cluster_size=8k", 8 * M, 3 * M + 512, "raw"), &json!({}), 20 * 1024, 150);
-    round(&overlay("extended_l2=on,cluster_size=16k", 5 * M + 512, 8 * M, "qcow2"), &json!({}), 20 * 1024, 150);
+    round(
+        &overlay("extended_l2=on,cluster_size=16k", 5 * M + 512, 8 * M, "qcow2"),
+        &json!({}),
+        20 * 1024,
+        150,
+    );
     round(&overlay("compat=0.10,cluster_size=8k", 6 * M, 8 * M, "qcow2"), &json!({}), 20 * 1024, 150);
 }
 
@@ -452,12 +480,30 @@ fn compressed(options: &str) {
     while data.len() < 8 * M as usize {
         // Compressible, and not all of it.
         let n = rng.below(40_000) as usize;
-        if rng.one_in(4) { data.extend(rng.data(n as u64)) } else { data.extend(std::iter::repeat_n(rng.below(256) as u8, n)) }
+        if rng.one_in(4) {
+            data.extend(rng.data(n as u64))
+        } else {
+            data.extend(std::iter::repeat_n(rng.below(256) as u8, n))
+        }
     }
     data.truncate(8 * M as usize);
     std::fs::write(&raw, &data).unwrap();
     let path = image.path();
-    run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw.to_str().unwrap(), path.to_str().unwrap()]);
+    run(
+        "qemu-img",
+        &[
+            "convert",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-o",
+            options,
+            raw.to_str().unwrap(),
+            path.to_str().unwrap(),
+        ],
+    );
     round(&image, &json!({}), 20 * 1024, 150);
 }
 
@@ -585,7 +631,48 @@ fn chains_and_circles() {
     run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", top_name, "-F", "qcow2", base.to_str().unwrap()]);
     let refused = add(&top).unwrap_err();
     assert!(refused.contains("infinite loop"), "{refused}");
-    run("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", "nbd://localhost", "-F", "raw", base.to_str().unwrap()]);
+    run(
+        "qemu-img",
+        &["rebase", "-u", "-f", "qcow2", "-b", "nbd://localhost", "-F", "raw", base.to_str().unwrap()],
+    );
     let refused = add(&top).unwrap_err();
     assert!(refused.contains("not a file of this host"), "{refused}");
+}
+
+#[test]
+fn a_chain_has_an_end() {
+    if !have_tools() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |n: usize| dir.path().join(format!("level{n}"));
+    let lowest = path(0);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", lowest.to_str().unwrap(), "1M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 64k 64k", lowest.to_str().unwrap()]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "level0", "-F", "qcow2", path(1).to_str().unwrap()]);
+    // The others are copies with another name inside, of the same length.
+    let first = std::fs::read(path(1)).unwrap();
+    let rename = |to: &str| {
+        let mut bytes = first.clone();
+        let at = bytes.windows(6).position(|w| w == b"level0").unwrap();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        bytes[16..20].copy_from_slice(&(to.len() as u32).to_be_bytes());
+        bytes
+    };
+    for n in 2..=70 {
+        std::fs::write(path(n), rename(&format!("level{}", n - 1))).unwrap();
+    }
+    let options = |n: usize| {
+        json!({"driver": "qcow2", "node-name": "q", "discard": "unmap", "detect-zeroes": "unmap",
+               "file": {"driver": "file", "filename": path(n).to_str().unwrap()}})
+    };
+    let open = Open::new(options(59), 2);
+    let mut model = vec![0; M as usize];
+    model[65536..131072].fill(5);
+    same(&ours(&open, M), &model, "through sixty images");
+    open.close();
+    let graph = Graph::new(registry(), Some(IoThread::start(IoThreadOptions::default()).unwrap()));
+    let refused = block_on(graph.blockdev_add(options(70))).unwrap_err().to_string();
+    assert!(refused.contains("more than 62"), "{}", &refused[refused.len() - 100..]);
+    block_on(graph.close_all());
 }

@@ -10,7 +10,7 @@ use graph::Map;
 
 use crate::qcow2::format::{COMPRESSED, COPIED, ZERO};
 use crate::qcow2::node::{FILE, Qcow2};
-use crate::qcow2::table::{Kind, Slice};
+use crate::qcow2::table::{Glance, Kind, Slice};
 
 /// Bitmap of an extended entry: all subclusters have data.
 pub(super) const ALL_ALLOCATED: u64 = 0xffff_ffff;
@@ -20,6 +20,17 @@ pub(super) const ALL_ZERO: u64 = 0xffff_ffff << 32;
 impl Qcow2 {
     #[inline]
     pub(super) fn map_read(&self, offset: u64, len: u64) -> Map<'_> {
+        match self.tables.glance(offset, len) {
+            Glance::Absent(room) => return self.map_backing(offset, room),
+            Glance::Host { host, .. } if self.crypt.is_none() => {
+                return Map::Child { child: self.data, offset: host, len };
+            }
+            _ => {}
+        }
+        self.map_read_closer(offset, len)
+    }
+
+    fn map_read_closer(&self, offset: u64, len: u64) -> Map<'_> {
         let Some(run) = self.tables.lookup(offset, len) else { return Map::Drive };
         match (run.kind, run.host) {
             (Kind::Normal, Some(host)) if self.crypt.is_none() => {
@@ -46,6 +57,15 @@ impl Qcow2 {
         if !self.commits.is_fine() {
             return Map::Drive;
         }
+        match self.tables.glance(offset, len) {
+            Glance::Host { host, copied: true } if self.crypt.is_none() => {
+                Map::Child { child: self.data, offset: host, len }
+            }
+            _ => self.map_write_closer(offset, len),
+        }
+    }
+
+    fn map_write_closer(&self, offset: u64, len: u64) -> Map<'_> {
         let Some(run) = self.tables.lookup(offset, len) else { return Map::Drive };
         match (run.kind, run.host) {
             (Kind::Normal, Some(host)) if run.copied && self.crypt.is_none() => {

@@ -94,7 +94,9 @@ impl Words {
     }
 }
 
+/// What a reader needs comes first.
 #[derive(Default)]
+#[repr(C)]
 struct Slot {
     seq: AtomicU64,
     used: AtomicBool,
@@ -229,6 +231,42 @@ impl Cache {
         None
     }
 
+    /// One word of a slice, as [`Cache::read`] would answer it; shorter, for the hottest of paths.
+    #[inline]
+    pub(super) fn word(&self, slice: u64, index: usize) -> Option<u64> {
+        let set = self.place(slice);
+        let chunk = self.chunk(set)?;
+        let local = set % CHUNK_SETS;
+        let keys = &chunk.sets.get(local)?.keys;
+        // Where it was put first, unless that was taken.
+        let first = self.first_way(slice);
+        let way = match keys.get(first)?.load(Relaxed) == slice + 1 {
+            true => first,
+            false => keys.iter().position(|k| k.load(Relaxed) == slice + 1)?,
+        };
+        let slot = chunk.slots.get(local * WAYS + way)?;
+        let before = slot.seq.load(Acquire);
+        if before & 1 != 0 || keys.get(way)?.load(Relaxed) != slice + 1 {
+            return None;
+        }
+        let words = slot.words.get()?;
+        let word = if words.is_zero(index) { 0 } else { words.get(index) };
+        fence(Acquire);
+        if slot.seq.load(Relaxed) != before {
+            return None;
+        }
+        if !slot.used.load(Relaxed) {
+            slot.used.store(true, Relaxed);
+        }
+        Some(word)
+    }
+
+    /// The way of its set a slice is put into if it is free.
+    #[inline]
+    fn first_way(&self, slice: u64) -> usize {
+        (slice >> self.mask.trailing_ones()) as usize % WAYS
+    }
+
     fn find(&self, slice: u64) -> Option<(usize, usize)> {
         let set = self.place(slice);
         let keys = &self.chunk(set)?.sets.get(set % CHUNK_SETS)?.keys;
@@ -267,7 +305,7 @@ impl Cache {
         let busy = Err(Full::Busy);
         let Some(cell) = self.chunks.get(set / CHUNK_SETS) else { return busy };
         cell.get_or_init(Chunk::new);
-        let start = (slice / (self.mask + 1)) as usize % WAYS;
+        let start = self.first_way(slice);
         let mut any_dirty = false;
         // Free ones first, then those not used since the last round, then any.
         for round in 0..3 {

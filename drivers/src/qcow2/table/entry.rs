@@ -52,6 +52,11 @@ impl Decoder {
         Decoder { geo, reserved }
     }
 
+    /// Bits of a standard entry that make it anything but plain data.
+    pub(super) fn odd(&self) -> u64 {
+        self.reserved | COMPRESSED | ZERO
+    }
+
     /// Host cluster of a standard entry.
     #[inline]
     pub(crate) fn host(&self, entry: u64) -> Option<u64> {

@@ -42,8 +42,27 @@ pub(crate) struct DirtyTables {
     l1: Vec<u32>,
 }
 
+/// What the shortest lookup says.
+pub(crate) enum Glance {
+    /// Nothing is allocated for so many bytes.
+    Absent(u64),
+    /// All of the range lies in one cluster with data of its own, at this host offset; `copied`: there and nowhere else.
+    Host {
+        /// Bytes.
+        host: u64,
+        /// May be written in place.
+        copied: bool,
+    },
+    /// Anything else.
+    Closer,
+}
+
 /// See the module's words.
 pub(crate) struct Tables {
+    /// log2 of the guest bytes of an L1 entry, a cluster, a slice.
+    shifts: [u32; 3],
+    /// Bits that a standard entry for plain data has not; all of them with extended entries, which are never glanced at.
+    odd: u64,
     decoder: Decoder,
     l1: L1,
     cache: Cache,
@@ -74,11 +93,15 @@ impl Tables {
         let slice_bytes = slice_bytes.clamp(512, geo.cluster_size().min(64 << 10));
         let sector = sector.clamp(512, slice_bytes).max(slice_bytes / 128);
         let words = (slice_bytes / 8) as usize;
+        let slice_bits = (slice_bytes / geo.l2_entry_size()).trailing_zeros();
+        let decoder = Decoder::new(geo);
         Tables {
-            decoder: Decoder::new(geo),
+            shifts: [geo.l1_shift(), geo.cluster_bits(), geo.cluster_bits() + slice_bits],
+            odd: if geo.extended_l2() { u64::MAX } else { decoder.odd() },
+            decoder,
             l1: L1::new(l1_offset, l1),
             cache: Cache::new(cache_bytes / slice_bytes, words, (sector / 8) as usize),
-            slice_bits: (slice_bytes / geo.l2_entry_size()).trailing_zeros(),
+            slice_bits,
             sector,
             loading: Mutex::default(),
             making: Mutex::default(),
@@ -122,7 +145,29 @@ impl Tables {
         self.geo().l2_bits() - self.slice_bits
     }
 
-    /// Where `guest` lies, without waiting or locking; the hot path. `None`: ask again with [`Tables::find`].
+    /// The most frequent answers of [`Tables::lookup`], at the least cost.
+    #[inline]
+    pub(crate) fn glance(&self, guest: u64, len: u64) -> Glance {
+        let [l1_shift, cluster_bits, slice_shift] = self.shifts;
+        if self.l1.get(guest >> l1_shift) & OFFSET_MASK == 0 {
+            return Glance::Absent(len.min((1 << l1_shift) - (guest & ((1 << l1_shift) - 1))));
+        }
+        let within = guest & ((1 << cluster_bits) - 1);
+        if len > (1 << cluster_bits) - within || self.odd == u64::MAX {
+            return Glance::Closer;
+        }
+        let index = ((guest & ((1 << slice_shift) - 1)) >> cluster_bits) as usize;
+        match self.cache.word(guest >> slice_shift, index) {
+            Some(0) => Glance::Absent(len),
+            Some(entry) if entry & self.odd == 0 && entry & OFFSET_MASK != 0 => Glance::Host {
+                host: (entry & OFFSET_MASK) + within,
+                copied: entry & super::format::COPIED != 0,
+            },
+            _ => Glance::Closer,
+        }
+    }
+
+    /// Where `guest` lies, without waiting or locking. `None`: ask again with [`Tables::find`].
     #[inline]
     pub(crate) fn lookup(&self, guest: u64, len: u64) -> Option<Run> {
         if let Some(run) = self.absent(guest, len) {
@@ -138,8 +183,9 @@ impl Tables {
             if blank(index) {
                 return self.blank_run(blank, index, count, guest, len);
             }
-            let get =
-                |i: usize| if extended { (words.get(2 * i), words.get(2 * i + 1)) } else { (words.get(i), 0) };
+            let get = |i: usize| {
+                if extended { (words.get(2 * i), words.get(2 * i + 1)) } else { (words.get(i), 0) }
+            };
             self.decoder.run(get, index, count, guest, len)
         })
     }
