@@ -61,11 +61,11 @@ pub struct Entry {
 /// What a rule for failures is asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt<'a> {
-    /// Serial number of the operation among those that change or flush something.
+    /// Serial number of the operation.
     pub nth: u64,
     /// Name of the file.
     pub file: &'a str,
-    /// Kind of operation: "write", "zero", "discard", "truncate", "flush".
+    /// Kind of operation: "read", "write", "zero", "discard", "truncate", "flush".
     pub kind: &'static str,
 }
 
@@ -82,6 +82,18 @@ struct State {
     rule: Option<Rule>,
     attempts: u64,
     struck: bool,
+}
+
+impl State {
+    /// Whether the rule fails this operation, and how.
+    fn refuses(&mut self, file: usize, kind: &'static str) -> Option<i32> {
+        let nth = self.attempts;
+        self.attempts += 1;
+        let file = self.names.get(file).map_or("", String::as_str);
+        let errno = self.rule.as_mut()?(Attempt { nth, file, kind })?;
+        self.struck = true;
+        Some(errno)
+    }
 }
 
 struct Shared {
@@ -298,19 +310,13 @@ impl MemoryFile {
         self.wait(io).await;
         let mut state = self.shared.state();
         let state = &mut *state;
-        let nth = state.attempts;
-        state.attempts += 1;
-        if let Some(rule) = state.rule.as_mut() {
-            let file = state.names.get(self.file).map_or("", String::as_str);
-            if let Some(errno) = rule(Attempt { nth, file, kind }) {
-                state.struck = true;
-                if kind == "flush" && state.recording {
-                    let (file, done) = (self.file, self.shared.tick());
-                    let change = Change::FailedFlush;
-                    state.log.push(Entry { file, offset, change, started, done, fua: false });
-                }
-                return Err(Errno::from_raw(errno).into());
+        if let Some(errno) = state.refuses(self.file, kind) {
+            if kind == "flush" && state.recording {
+                let (file, done) = (self.file, self.shared.tick());
+                let change = Change::FailedFlush;
+                state.log.push(Entry { file, offset, change, started, done, fua: false });
             }
+            return Err(Errno::from_raw(errno).into());
         }
         let change = change();
         let file = state.files.get_mut(self.file).ok_or(Errno::ENODEV)?;
@@ -355,7 +361,10 @@ impl Driver for MemoryFile {
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
         Box::pin(async move {
             self.wait(io).await;
-            let state = self.shared.state();
+            let mut state = self.shared.state();
+            if let Some(errno) = state.refuses(self.file, "read") {
+                return Err(Errno::from_raw(errno).into());
+            }
             let file = state.files.get(self.file).ok_or(Errno::ENODEV)?;
             bufs.copy_from(0, &file.bytes(offset, bufs.len()));
             Ok(())

@@ -54,6 +54,8 @@ pub struct Tally {
     pub dirty: u64,
     /// Of these, those the format's own rules could be read for.
     pub read: u64,
+    /// Stored bitmaps in them that were to be trusted.
+    pub bitmaps: u64,
 }
 
 impl Tally {
@@ -65,6 +67,7 @@ impl Tally {
         self.leaky += other.leaky;
         self.dirty += other.dirty;
         self.read += other.read;
+        self.bitmaps += other.bitmaps;
     }
 }
 
@@ -93,6 +96,9 @@ impl<'a> Judge<'a> {
     /// The violation, in words.
     pub fn all(&mut self, run: &Run, plan: Plan, seed: u64, void: Void<'_>) -> Result<(), String> {
         let mut expect: Option<(u64, Expect<'_>)> = None;
+        if let Some(to) = std::env::var_os("RINGBLK_KEEP") {
+            std::fs::write(std::path::Path::new(&to).join("log.txt"), run.story()).map_err(words)?;
+        }
         let untouched = untouched(&run.log);
         run.log.states(plan, seed, void, |state| {
             if expect.as_ref().is_none_or(|(at, _)| *at != state.at) {
@@ -195,7 +201,14 @@ impl<'a> Judge<'a> {
                 compare(&known.content, &found).map_err(|e| format!("'{name}': {e}"))?;
             }
         }
-        reference::read_guest(&chain, &header, header.l1_offset, header.l1_size, header.size).map(Some)
+        let disk = reference::read_guest(&chain, &header, header.l1_offset, header.l1_size, header.size)?;
+        for bitmap in reference::bitmaps(image, &header)? {
+            if bitmap.valid {
+                self.tally.bitmaps += 1;
+                bitmap.covers(&self.subject.initial, &disk)?;
+            }
+        }
+        Ok(Some(disk))
     }
 
     /// Opens the state for writing, compares, writes, checks, closes, checks.

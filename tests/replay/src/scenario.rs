@@ -177,7 +177,7 @@ pub fn qcow2() -> Vec<Qcow2> {
         },
         Qcow2 {
             name: "LUKS",
-            create: "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10",
+            create: "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1",
             open: json!({"encrypt": {"format": "luks", "key-secret": SECRET}}),
             ..base()
         },
@@ -255,6 +255,11 @@ impl Qcow2 {
             std::fs::write(at.join("part.raw"), &data[..16 << 10]).map_err(crate::words)?;
             let commands: Vec<&str> = script.lines().flat_map(|l| ["-c", l]).collect();
             must(at, "qemu-io", &[&["-f", "qcow2", "image.qcow2"], &commands[..]].concat())?;
+        }
+        if self.can.bitmap {
+            for (name, granularity) in [("fine", "512"), ("coarse", "65536")] {
+                must(at, "qemu-img", &["bitmap", "--add", "-g", granularity, "image.qcow2", name])?;
+            }
         }
         let mut files = Vec::new();
         for name in ["image.qcow2", "data.raw", "backing.img"] {

@@ -12,7 +12,7 @@ use conformance::rng::Rng;
 use graph::{NewSnapshot, NodeIo, SnapshotRef, Truncate, WriteFlags, ZeroFlags};
 use host::IoVecs;
 
-use crate::disk::{Disk, Rule};
+use crate::disk::{Change, Disk, Rule};
 use crate::oracle::{History, Snapshot, What};
 use crate::rig::Rig;
 use crate::scenario::{Can, Format, SECRET, Subject};
@@ -56,6 +56,36 @@ pub struct Run {
     pub failure: Option<String>,
 }
 
+impl Run {
+    /// Everything that happened, in the order of time, for humans.
+    pub fn story(&self) -> String {
+        let mut lines: Vec<(u64, String)> = Vec::new();
+        for (at, e) in self.log.entries.iter().enumerate() {
+            let what = match &e.change {
+                Change::Write(data) => format!("write {:#x}+{:#x}", e.offset, data.len()),
+                Change::Zero(len) => format!("zero {:#x}+{len:#x}", e.offset),
+                Change::Discard(len) => format!("discard {:#x}+{len:#x}", e.offset),
+                other => format!("{other:?} {:#x}", e.offset),
+            };
+            let file = self.log.start.get(e.file).map_or("", |(n, _)| n.as_str());
+            lines.push((e.done, format!("  {at}: {file}: {what}, from {} to {}", e.started, e.done)));
+        }
+        for (number, e) in self.history.events.iter().enumerate() {
+            let what = match e.what {
+                What::Content(_) => "a snapshot applied".to_owned(),
+                ref other => format!("{other:?} {}+{}", e.first, e.count),
+            };
+            lines.push((e.start, format!("request {number}: {what}, from {} to {:?}", e.start, e.ack)));
+        }
+        for s in &self.history.snapshots {
+            let (c, d) = (s.created, (s.delete, s.deleted));
+            lines.push((s.create, format!("'{}': created {} to {c:?}, deleted {d:?}", s.name, s.create)));
+        }
+        lines.sort();
+        lines.into_iter().map(|(_, l)| l + "\n").collect()
+    }
+}
+
 /// Opens a rig for a subject: its drivers, its secret.
 ///
 /// # Errors
@@ -88,20 +118,20 @@ pub fn run_with(subject: &Subject, load: &Load, rule: Option<Rule>) -> Result<Ru
     disk.record();
     disk.fail(rule);
     let mut history = History::new(subject.initial.clone());
-    let mut failure = None;
+    let (mut failure, mut wrong) = (None, None);
     for session in 0..load.sessions {
         let result = (|| {
             let opened = rig.open((subject.options)(&disk), false)?;
             disk.latency(Some(load.seed ^ u64::from(session) << 32));
             let mut worker = Worker::new(subject, load, session, &disk, history.clone());
-            worker.failing = failing;
             let work = opened.run(load.seed, |io| async move {
                 let result = worker.work(&io).await;
-                Ok((result, worker.history.take()))
+                Ok((result, worker.history.take(), worker.wrong.take()))
             });
             disk.latency(None);
-            let (result, after) = work?;
+            let (result, after, read) = work?;
             history = after;
+            wrong = read;
             result?;
             // Closing flushes; who closes is not told when that fails.
             let closing = history.begin(disk.tick(), What::Flush, CLOSING, 0);
@@ -114,7 +144,7 @@ pub fn run_with(subject: &Subject, load: &Load, rule: Option<Rule>) -> Result<Ru
         })();
         match result {
             Ok(()) => {}
-            Err(e) if failing => {
+            Err(e) if failing && wrong.is_none() => {
                 failure = Some(e);
                 break;
             }
@@ -133,8 +163,9 @@ struct Worker {
     load: Load,
     rng: Rng,
     history: Rc<RefCell<History>>,
+    /// A read that cannot be.
+    wrong: Rc<RefCell<Option<String>>>,
     names: u64,
-    failing: bool,
 }
 
 impl Worker {
@@ -147,7 +178,7 @@ impl Worker {
             rng: Rng::new(load.seed.wrapping_mul(31) ^ u64::from(session)),
             names: history.snapshots.len() as u64,
             history: Rc::new(RefCell::new(history)),
-            failing: false,
+            wrong: Rc::default(),
         }
     }
 
@@ -169,8 +200,10 @@ impl Worker {
     /// Reads everything and compares: without a crash there is one answer only.
     async fn look(&self, io: &NodeIo) -> Result<Vec<u8>, String> {
         let data = read_all(io).await?;
-        if !self.failing {
-            self.history.borrow().now(self.disk.tick()).check(&data).map_err(|e| format!("read: {e}"))?;
+        if let Err(e) = self.history.borrow().now(self.disk.tick()).check(&data) {
+            // No failure of the disk excuses this.
+            self.wrong.borrow_mut().get_or_insert(format!("read: {e}"));
+            return Err(format!("read: {e}"));
         }
         Ok(data)
     }

@@ -6,9 +6,11 @@
 
 use crate::image::Image;
 
+mod bitmaps;
 mod check;
 mod read;
 
+pub use bitmaps::{StoredBitmap, bitmaps};
 pub use check::{Report, check};
 pub use read::{Chain, read_guest};
 

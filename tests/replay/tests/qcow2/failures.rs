@@ -1,6 +1,8 @@
 //! The disk fails: each operation in turn, and whatever a crash makes of that must still be good. What was acknowledged and
 //! flushed before is there; a flush that failed is not followed by one that succeeds.
 
+use std::sync::{Arc, Mutex};
+
 use ringblk_replay::disk::Attempt;
 use ringblk_replay::judge::{Judge, Rigour};
 use ringblk_replay::states::Plan;
@@ -18,7 +20,14 @@ fn each_operation_fails(name: &str) {
         let mut nth = 0;
         loop {
             let errno = if nth % 2 == 0 { EIO } else { ENOSPC };
-            let rule = move |attempt: Attempt<'_>| (attempt.nth == nth).then_some(errno);
+            let struck = Arc::new(Mutex::new(String::new()));
+            let mark = Arc::clone(&struck);
+            let rule = move |attempt: Attempt<'_>| {
+                (attempt.nth == nth).then(|| {
+                    *mark.lock().unwrap() = format!("a {} of '{}'", attempt.kind, attempt.file);
+                    errno
+                })
+            };
             let run = workload::run_with(&subject, &load, Some(Box::new(rule)));
             let run = run.unwrap_or_else(|e| panic!("{name}, seed {seed}, operation {nth} fails: {e}"));
             if run.failure.is_none() {
@@ -27,7 +36,8 @@ fn each_operation_fails(name: &str) {
             let mut judge = Judge::new(&subject, Rigour { open: 4, qemu: 0 }, seed).unwrap();
             let verdict = judge.all(&run, plan, seed, &|_, _| false);
             verdict.unwrap_or_else(|e| {
-                panic!("{e}\nafter operation {nth} failed with {errno} ({:?})", run.failure)
+                let struck = struck.lock().unwrap();
+                panic!("{e}\nafter operation {nth}, {struck}, failed with {errno} ({:?})", run.failure)
             });
             states += judge.tally.states;
             nth += 1 + nth / 40;

@@ -72,7 +72,7 @@ impl Shape {
             }
         }
         if luks {
-            create.push("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10".to_owned());
+            create.push("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1".to_owned());
         }
         // Encrypted and preallocated disks begin with noise.
         if backing.is_none() && !luks && pick(6) == 0 {
