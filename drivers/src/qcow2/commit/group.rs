@@ -80,25 +80,28 @@ impl Group {
         let needed = self.lock().begun + 1;
         loop {
             let wait = self.queue.wait();
-            let mut state = self.lock();
-            if state.ended >= needed {
-                // One run at a time: the first that ended at or after `needed` is `needed` itself.
-                let failure = state.failures.iter().find(|(n, _)| *n == needed).map(|(_, e)| *e);
-                return failure.map_or(Ok(()), |e| Err(e.into()));
-            }
-            if !state.running {
-                state.running = true;
-                self.running.store(true, SeqCst);
-                state.begun += 1;
-                let mut leading =
-                    Leading { group: self, number: state.begun, result: Some(Errno::ECANCELED) };
-                drop(state);
+            let leading = {
+                let mut state = self.lock();
+                if state.ended >= needed {
+                    // One run at a time: the first that ended at or after `needed` is `needed` itself.
+                    let failure = state.failures.iter().find(|(n, _)| *n == needed).map(|(_, e)| *e);
+                    return failure.map_or(Ok(()), |e| Err(e.into()));
+                }
+                if state.running {
+                    None
+                } else {
+                    state.running = true;
+                    self.running.store(true, SeqCst);
+                    state.begun += 1;
+                    Some(Leading { group: self, number: state.begun, result: Some(Errno::ECANCELED) })
+                }
+            };
+            if let Some(mut leading) = leading {
                 drop(wait);
                 let result = run().await;
                 leading.result = result.as_ref().err().map(graph::BlockError::errno);
                 return result;
             }
-            drop(state);
             wait.await;
         }
     }

@@ -8,9 +8,9 @@ use graph::{BlockError, NodeIo, Result};
 use host::IoVecs;
 use host::sync::Event;
 
+use super::Tables;
 use super::cache::{Full, Reserved};
-use super::{Kind, Tables};
-use crate::qcow2::format::{COMPRESSED, COPIED, OFFSET_MASK};
+use crate::qcow2::format::{COMPRESSED, COPIED, EntryError, OFFSET_MASK};
 use crate::qcow2::node::{FILE, Qcow2};
 
 /// The right to load a slice; gone, whoever waits goes on.
@@ -105,8 +105,12 @@ impl Tables {
         let raw = buffer.to_vec();
         let mut words: Vec<u64> = raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
         let step = if self.geo().extended_l2() { 2 } else { 1 };
-        if l1 & COPIED == 0 {
+        // In a data file places are given, not shared; there COPIED also says that offset 0 is a place.
+        if l1 & COPIED == 0 && !self.geo().data_file() {
             strip_copied(&mut words, step);
+        }
+        if let Some(complaint) = self.elsewhere(slice, &words, step) {
+            return Err(node.corrupt(io, complaint, None, None).await);
         }
         let suspect = words.chunks(step).any(|e| {
             let (entry, bitmap) = (e.first().copied().unwrap_or(0), e.get(1).copied().unwrap_or(0));
@@ -116,6 +120,21 @@ impl Tables {
             self.cache.fill(&slot, slice, &words, suspect);
         }
         Ok(())
+    }
+
+    /// With an external data file a cluster lies where the guest has it, and nowhere else: what is wrong, if anything.
+    fn elsewhere(&self, slice: u64, words: &[u64], step: usize) -> Option<String> {
+        let geo = self.geo();
+        if !geo.data_file() {
+            return None;
+        }
+        let first = slice << self.slice_bits;
+        words.iter().step_by(step).enumerate().find_map(|(i, &entry)| {
+            let guest = (first + i as u64) << geo.cluster_bits();
+            let host = self.decoder.host(entry).filter(|&host| entry & COMPRESSED == 0 && host != guest)?;
+            let index = geo.l2_index(guest);
+            Some(EntryError::DataFileMismatch { host, guest }.l2_message(0, index))
+        })
     }
 
     /// Whether an entry must be looked at each time it is used: invalid, or pointing at metadata.
@@ -130,7 +149,7 @@ impl Tables {
         self.decoder.host(entry).is_some_and(|host| node.space.overlap(host, size).is_some())
     }
 
-    /// What is wrong with the entry of `guest`, in QEMU's words; for [`Kind::Invalid`].
+    /// What is wrong with the entry of `guest`, in QEMU's words; for [`super::Kind::Invalid`].
     pub(crate) fn complaint(&self, guest: u64, entry: u64) -> String {
         let geo = self.geo();
         let l2 = geo.l2_index(guest);
@@ -158,9 +177,4 @@ pub(super) fn strip_copied(words: &mut [u64], step: usize) {
             *word &= !COPIED;
         }
     }
-}
-
-/// Whether guest data of this kind lies in the entry's own host cluster.
-pub(crate) fn has_data(kind: Kind) -> bool {
-    matches!(kind, Kind::Normal | Kind::Compressed)
 }

@@ -129,11 +129,6 @@ impl Tables {
         1 << self.slice_bits
     }
 
-    /// Guest bytes a slice covers.
-    pub(crate) fn slice_span(&self) -> u64 {
-        1 << (self.geo().cluster_bits() + self.slice_bits)
-    }
-
     /// Index within its slice of the entry of a guest offset.
     #[inline]
     pub(crate) fn index_of(&self, guest: u64) -> usize {

@@ -15,16 +15,16 @@ fn a_run_ends_where_kind_or_place_changes() {
     let d = Decoder::new(geo(16, false));
     let c = 65536u64;
     let words = [
-        c * 5 | COPIED,
-        c * 6 | COPIED,
-        c * 8 | COPIED,
+        (c * 5) | COPIED,
+        (c * 6) | COPIED,
+        (c * 8) | COPIED,
         ZERO,
         ZERO,
         0,
         0,
         COMPRESSED | 512,
         c * 9,
-        c * 10 | ZERO | COPIED,
+        (c * 10) | ZERO | COPIED,
     ];
     let run = |guest: u64, len: u64| d.run(|i| (words[i], 0), (guest / c) as usize, words.len(), guest, len);
     let a = run(100, 10 * c);
@@ -43,8 +43,12 @@ fn subclusters_are_told_one_by_one() {
     let d = Decoder::new(geo(16, true));
     let (c, s) = (65536u64, 2048u64);
     // Subclusters 0 and 1 allocated, 2 zero, the others unallocated; the next cluster allocated, contiguous.
-    let words =
-        [(c * 5 | COPIED, 0b011 | 0b100 << 32), (c * 6 | COPIED, 0xffff_ffff), (c * 7, 1 | 1 << 32), (0, 1)];
+    let words = [
+        ((c * 5) | COPIED, 0b011 | (0b100 << 32)),
+        ((c * 6) | COPIED, 0xffff_ffff),
+        (c * 7, 1 | (1 << 32)),
+        (0, 1),
+    ];
     let run = |guest: u64, len: u64| d.run(|i| words[i], (guest / c) as usize, words.len(), guest, len);
     assert_eq!((run(1, c).kind, run(1, c).len, run(1, c).host), (Kind::Normal, 2 * s - 1, Some(5 * c + 1)));
     assert_eq!((run(2 * s, c).kind, run(2 * s, c).len), (Kind::Zero, s));
@@ -100,7 +104,7 @@ fn what_is_cached_is_found_and_nothing_else() {
 fn a_dirty_slice_stays_and_is_collected_once() {
     let t = tables(8);
     assert!(fill(&t, 3, &[]));
-    t.with(3 * 64 << 16, |s| t.set_entry(s, 5, 0x300000 | COPIED, 0)).unwrap();
+    t.with((3 * 64) << 16, |s| t.set_entry(s, 5, 0x300000 | COPIED, 0)).unwrap();
     t.set_l1(1, 0x400000 | COPIED);
     assert!(t.has_dirty());
     for slice in 100..200 {
@@ -126,7 +130,7 @@ fn a_set_full_of_dirty_slices_says_so() {
     let t = tables(8);
     for slice in 0..8 {
         assert!(fill(&t, slice, &[]));
-        t.with(slice * 64 << 16, |s| t.set_entry(s, 0, COPIED | 0x500000, 0)).unwrap();
+        t.with((slice * 64) << 16, |s| t.set_entry(s, 0, COPIED | 0x500000, 0)).unwrap();
     }
     assert!(matches!(t.cache.reserve(9), Err(cache::Full::Dirty)));
     assert!(t.wants_commit());
