@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph::{BlockError, NodeIo};
+use graph::{BlockError, NodeIo, Pin};
 
 use super::alloc::Space;
 use super::bitmap::Bitmaps;
@@ -96,6 +96,8 @@ pub(crate) struct Qcow2 {
     pub(crate) snapshots: Mutex<Vec<Snapshot>>,
     /// Dirty bitmaps, those in the image and those of the node.
     pub(crate) bitmaps: Bitmaps,
+    /// The claim on the snapshot that is shown, where it is not the disk as it is now.
+    pub(crate) reading: Option<Pin>,
 }
 
 /// No backing file.

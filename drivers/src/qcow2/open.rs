@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 
 use graph::options::{BlockdevRef, DiscardOption, Purpose, parse_options};
-use graph::{BlockError, CheckFix, Errno, NodeIo, OpenContext, Opened, Result, Roles};
+use graph::{BlockError, CheckFix, Errno, NodeIo, OpenContext, Opened, Perm, PermPair, Result, Roles};
 use host::IoVecs;
 use serde_json::{Map, Value, json};
 
@@ -27,10 +27,12 @@ use super::format::{
 use super::node::{FILE, NO_BACKING, Qcow2, Settings};
 use super::options::{BlockdevRefOrNull, Qcow2Options};
 use super::settings;
+use super::snapshot::reading;
 use super::table::Tables;
 
-/// Longest chain of backing files.
-const MAX_CHAIN: usize = 200;
+/// Longest chain of backing files that is opened by the names inside the images: what the graph's nesting allows, less one
+/// for the protocol node below the last one. Longer ones can be built from nodes with names.
+const MAX_CHAIN: usize = 62;
 
 /// What was read of an image file.
 struct Image {
@@ -45,7 +47,14 @@ struct Image {
 pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     let options: Qcow2Options = parse_options(value)?;
     let common = *cx.options();
-    let index = cx.open_child("file", Roles::IMAGE, options.file.clone()).await?;
+    let index = match &options.snapshot {
+        None => cx.open_child("file", Roles::IMAGE, options.file.clone()).await?,
+        Some(_) => {
+            // Somebody may be writing to the image: what a snapshot refers to stays as it is.
+            let meanwhile = PermPair { perm: Perm::CONSISTENT_READ, shared: Perm::ALL };
+            cx.open_child_as("file", Roles::IMAGE, options.file.clone(), meanwhile).await?
+        }
+    };
     debug_assert_eq!(index, FILE);
     // An image that cannot be written is opened for reading where that was allowed.
     let file_read_only = cx.child(FILE)?.options().read_only;
@@ -58,7 +67,20 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         check: common.purpose == Purpose::Check,
         inspect: common.purpose == Purpose::Inspect,
     };
-    let image = cx.child_io(FILE, move |io| async move { read_image(&io, policy).await }).await?;
+    let mut image = cx.child_io(FILE, move |io| async move { read_image(&io, policy).await }).await?;
+    let mut reading = None;
+    if let Some(which) = &options.snapshot {
+        let (snapshot, pin) = reading::begin(&cx, &image.header, &image.snapshots, which)?;
+        let again = cx.child_io(FILE, move |io| async move {
+            let mut image = read_image(&io, policy).await?;
+            reading::show(&mut image.header, &image.snapshots, &snapshot)?;
+            let l1 = read_bytes(&io, image.header.l1_offset, image.header.l1_bytes()).await;
+            image.l1 = words(&l1.map_err(|e| e.context("Could not read the snapshot's L1 table"))?);
+            Ok(image)
+        });
+        image = again.await?;
+        reading = Some(pin);
+    }
     let geo = image.header.geometry();
     let settings = settings::decide(&options, &image.header, &common, read_only)?;
     let image = if image.header.dirty() && !read_only && common.purpose == Purpose::Use {
@@ -82,15 +104,21 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         cx.child_io(FILE, move |io| async move { header.clear_unknown_autoclear(&io).await }).await?;
     }
     let (mut directory, set) = (Vec::new(), cx.bitmaps());
-    if common.purpose == Purpose::Use {
+    if common.purpose != Purpose::Check {
         let (header, writable) = (image.header.clone(), !read_only);
-        let reading = cx.child_io(FILE, move |io| async move { bitmap::read(&io, &header, writable).await });
-        let (entries, bitmaps) = reading.await?;
+        let loading = cx.child_io(FILE, move |io| async move { bitmap::read(&io, &header, writable).await });
+        let (entries, bitmaps) = match loading.await {
+            Err(e) if common.purpose == Purpose::Inspect => {
+                log::warn!("the dirty bitmaps of the image cannot be read: {e}");
+                Default::default()
+            }
+            loaded => loaded?,
+        };
         directory = entries;
         for bitmap in bitmaps {
             set.add(bitmap)?;
         }
-        if !read_only && !directory.is_empty() {
+        if !read_only && common.purpose == Purpose::Use && !directory.is_empty() {
             let (header, health) = (Arc::clone(&header_io), Arc::clone(&health));
             let marking = cx.child_io(FILE, move |io| async move {
                 bitmap::mark_in_use(&io, &header, &health, &mut directory).await.map(|()| directory)
@@ -129,6 +157,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         decoded: Default::default(),
         snapshots: Mutex::new(image.snapshots),
         bitmaps: bitmap::Bitmaps::new(set, directory),
+        reading,
     };
     Ok(Opened::new(node).read_only(read_only && !common.read_only))
 }
@@ -181,7 +210,6 @@ pub(super) async fn read_snapshots(io: &NodeIo, header: &Header) -> Result<Vec<S
             let rest = window.get(skip..).unwrap_or(&[]);
             match Snapshot::parse(rest, index, header.snapshots_offset, MAX_SNAPSHOT_EXTRA)? {
                 Step::Entry(entry, len) => {
-                    entry.validate_l1(&header.geometry())?;
                     at += len as u64;
                     snapshot::check_table_len(at, header.snapshots_offset)?;
                     out.push(*entry);
@@ -246,7 +274,8 @@ fn make_space(
         // As far as the table is known to reach.
         let len: usize = image.snapshots.iter().map(Snapshot::serialised_len).sum();
         space.add_metadata(Kind::SnapshotTable, header.snapshots_offset, len as u64);
-        for snapshot in &image.snapshots {
+        // One that makes no sense is refused when it is used; the image opens, as in QEMU.
+        for snapshot in image.snapshots.iter().filter(|s| s.validate_l1(&geo).is_ok()) {
             space.add_metadata(Kind::InactiveL1, snapshot.l1_offset, u64::from(snapshot.l1_size) * 8);
         }
     }
@@ -346,6 +375,10 @@ fn stored_backing(
         )));
     };
     let path = beside(image, &plain).ok_or_else(|| no_directory(&plain))?;
+    // Before it is opened, where it would meet the locks of its own upper end.
+    if identity(&path).is_some_and(|id| chain.contains(&id)) {
+        return Err(infinite(&path.to_string_lossy()));
+    }
     let below = protocol(&path);
     Ok(match format.as_str() {
         "file" | "host_device" => below,
@@ -358,12 +391,9 @@ fn stored_backing(
 /// The images above the next one, this one included; refuses circles and chains without end.
 fn chain_of(options: &Qcow2Options, image: &str) -> Result<Vec<String>> {
     let mut chain = options.chain.clone();
-    let id = match std::fs::metadata(image) {
-        Ok(meta) => format!("{}:{}", meta.dev(), meta.ino()),
-        Err(_) => image.to_owned(),
-    };
+    let id = identity(Path::new(image)).unwrap_or_else(|| image.to_owned());
     if chain.contains(&id) {
-        return Err(BlockError::invalid(format!("Backing file '{image}' creates an infinite loop.")));
+        return Err(infinite(image));
     }
     if chain.len() >= MAX_CHAIN {
         return Err(BlockError::invalid(format!(
@@ -372,6 +402,15 @@ fn chain_of(options: &Qcow2Options, image: &str) -> Result<Vec<String>> {
     }
     chain.push(id);
     Ok(chain)
+}
+
+/// What tells a file from all others, whatever its name.
+fn identity(path: &Path) -> Option<String> {
+    std::fs::metadata(path).ok().map(|meta| format!("{}:{}", meta.dev(), meta.ino()))
+}
+
+fn infinite(name: &str) -> BlockError {
+    BlockError::invalid(format!("Backing file '{name}' creates an infinite loop."))
 }
 
 /// A name that means a path: without the prefix of a protocol, as QEMU tells them apart.

@@ -127,6 +127,10 @@ pub struct Qcow2Options {
     /// the format the image names; an image that names a file and no format needs this option.
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     pub backing: Option<BlockdevRefOrNull>,
+    /// An internal snapshot, by its id or name: the node shows the disk as it was then. Needs `read-only`; `file` may be the
+    /// file of a node that a guest writes to. Default: the disk as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Whether refcounts may be written late, which saves writes and costs a repair after a crash; default: as the
     /// image says.
     #[serde(default, skip_serializing_if = "Option::is_none")]

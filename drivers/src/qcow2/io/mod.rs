@@ -170,7 +170,11 @@ impl Driver for Qcow2 {
         self.backing
     }
 
-    fn child_perm(&self, _child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
+    fn child_perm(&self, child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
+        if child == FILE && self.reading.is_some() {
+            // What a snapshot refers to stays as it is, whatever others write.
+            return (Perm::CONSISTENT_READ, Perm::ALL);
+        }
         default_child_perm(role, perm, shared, !self.settings.read_only)
     }
 

@@ -17,6 +17,7 @@ mod apply;
 mod copied;
 mod create;
 mod delete;
+pub(super) mod reading;
 mod references;
 
 use graph::{BlockError, Errno, NodeIo, Result, SnapshotRef, WriteFlags};
