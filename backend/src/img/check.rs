@@ -79,7 +79,7 @@ async fn check(image: &Image, fix: CheckFix) -> Result<CheckReport, Failure> {
             Err(e) => Err(e),
         }
     });
-    let done = done.await.map_err(|e| e.context("Check failed"))?;
+    let done = done.await?;
     done.ok_or_else(|| Failure::new("This image format does not support checks").with_status(UNSUPPORTED))
 }
 

@@ -205,7 +205,10 @@ async fn plan(sides: &Sides, at: u64, len: u64, strict: bool) -> graph::Result<S
     let b = status::of_chain(b, at, a.len).await?;
     let len = a.len.min(b.len);
     let kind = match (a.zero, b.zero) {
-        _ if strict && (a.data, a.zero, a.present) != (b.data, b.zero, b.present) => Kind::Status,
+        // Where space was set aside holes are no matter.
+        _ if strict && (a.data, a.zero && !a.data, a.present) != (b.data, b.zero && !b.data, b.present) => {
+            Kind::Status
+        }
         (true, true) => Kind::Skip,
         (false, false) => Kind::Both,
         (a_zero, _) => Kind::Zero { first: !a_zero },

@@ -13,7 +13,7 @@ use super::image::{How, Image, Spec};
 use super::layout::{self, Given, Options};
 use super::progress::Progress;
 use super::session::Session;
-use super::{bitmap, complain, create, output, size};
+use super::{bitmap, complain, create, output, size, status};
 
 /// Longest request, bytes; clusters of compressed images are shorter.
 const BUFFER: u64 = 2 << 20;
@@ -64,7 +64,11 @@ pub async fn run(session: Session, args: ConvertArgs) -> Outcome {
         _ => Vec::new(),
     };
     let (target, fresh) = target(&session, &args, &wish, total).await?;
-    let options = CopyOptions { target_zero: zero_before(&args, fresh), ..wish.copy };
+    let target_backing = match wish.options.get("backing-file") {
+        Some(_) => target.io(|io| async move { Ok(status::backing(&io)?.map(|b| b.size())) }).await?,
+        None => None,
+    };
+    let options = CopyOptions { target_zero: zero_before(&args, fresh), target_backing, ..wish.copy };
     let options = match args.compress {
         true => compressed(&target, options)?,
         false => options,
@@ -183,6 +187,7 @@ fn check(args: &ConvertArgs, mut options: Options) -> Result<Wish, Failure> {
             name: target.clone(),
             format: format.map(str::to_owned),
             opts: args.target_image_opts,
+            keys: if args.no_create { Vec::new() } else { options.keys() },
         },
         options,
         copy: CopyOptions {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use graph::{DriverKind, NoSource, Node, NodeIo, Purpose, Root, RootOptions, SnapshotRef, View};
+use graph::{DriverKind, NoSource, Node, NodeIo, Perm, Purpose, Root, RootOptions, SnapshotRef, View};
 use qmp::keyval::{self, Dialect, Parsed};
 use serde_json::{Map, Value, json};
 
@@ -22,6 +22,8 @@ pub struct Spec {
     pub format: Option<String>,
     /// `--image-opts`
     pub opts: bool,
+    /// Options of its node that say which secret is its key: of an image that was made with them a moment ago.
+    pub keys: Vec<(String, String)>,
 }
 
 impl Spec {
@@ -30,7 +32,7 @@ impl Spec {
         if opts && format.is_some() {
             return Err(Failure::new("--image-opts and --format are mutually exclusive"));
         }
-        Ok(Spec { name: name.to_owned(), format: format.map(str::to_owned), opts })
+        Ok(Spec { name: name.to_owned(), format: format.map(str::to_owned), opts, keys: Vec::new() })
     }
 }
 
@@ -88,6 +90,8 @@ pub struct Image {
     pub name: String,
     node: String,
     root: Root,
+    /// Keeps other processes from writing to the file of a snapshot's node, which would not mind.
+    guard: Option<Root>,
     session: Session,
 }
 
@@ -109,14 +113,19 @@ impl Session {
         if how.alone && self.has_member(driver, "backing") {
             options.insert("backing".to_owned(), Value::Null);
         }
+        let in_snapshot = snapshot.is_some();
         if let Some(id) = snapshot {
             options.insert("snapshot".to_owned(), json!(id));
         }
         self.add_node(options, how.purpose).await.map_err(failed)?;
+        let guard = match in_snapshot && !how.force_share {
+            true => Some(self.guard_file(&node).await.map_err(failed)?),
+            false => None,
+        };
         let root = RootOptions::new("the command", how.writable);
         let attached = self.graph().attach(&node, root, Rc::new(NoSource)).await;
         let root = attached.map_err(|e| failed(e.into()))?;
-        Ok(Image { name: spec.name.clone(), node, root, session: self.clone() })
+        Ok(Image { name: spec.name.clone(), node, root, guard, session: self.clone() })
     }
 
     /// Opens a snapshot inside an image, for reading: `snapshot.id=ID`, `snapshot.name=NAME` (or both), or an id or name.
@@ -132,6 +141,22 @@ impl Session {
         self.open_with(spec, how, Some(id)).await
     }
 
+    /// Lets nobody else write to the file below a node.
+    async fn guard_file(&self, node: &str) -> Result<Root, Failure> {
+        let graph = self.graph().query_block_graph();
+        let id = |name: &str| graph.nodes.iter().find(|n| n.name == name).map(|n| n.id);
+        let edge = graph.edges.iter().find(|e| Some(e.parent) == id(node) && e.name == "file");
+        let file = edge.and_then(|e| graph.nodes.iter().find(|n| n.id == e.child));
+        let file = file.ok_or_else(|| Failure::new("the image has no file"))?;
+        let options = RootOptions {
+            perm: Perm::NONE,
+            shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
+            granularity: 1 << 30,
+            ..RootOptions::new("the command", false)
+        };
+        Ok(self.graph().attach(&file.name, options, Rc::new(NoSource)).await?)
+    }
+
     /// The options of an image's node.
     fn options(&self, spec: &Spec) -> Result<Map<String, Value>, Failure> {
         if spec.opts {
@@ -142,7 +167,19 @@ impl Session {
                 "the format is not guessed: give -f FORMAT (-f raw for a plain disk image)",
             ));
         };
-        self.named(&spec.name, Some(format))
+        let mut options = self.named(&spec.name, Some(format))?;
+        for (name, id) in &spec.keys {
+            match name.split_once('.') {
+                // `encrypt.key-secret`: only LUKS is made.
+                Some((group, name)) => {
+                    options.insert(group.to_owned(), json!({"format": "luks", name: id}));
+                }
+                None => {
+                    options.insert(name.clone(), json!(id));
+                }
+            }
+        }
+        Ok(options)
     }
 
     /// The options in the text of `--image-opts`: those of `blockdev-add`, where a nested member that has a file name and no
@@ -325,7 +362,10 @@ impl Image {
         } else {
             self.io(|io| async move { io.flush().await }).await
         };
-        let Image { node, root, session, .. } = self;
+        let Image { node, root, guard, session, .. } = self;
+        if let Some(guard) = guard {
+            guard.detach().await;
+        }
         root.detach().await;
         session.graph().blockdev_del(&node).await?;
         flushed

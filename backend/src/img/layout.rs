@@ -124,6 +124,12 @@ impl Options {
         self.0.insert(name.to_owned(), value.into());
     }
 
+    /// Those that name the secret an image is encrypted with.
+    pub fn keys(&self) -> Vec<(String, String)> {
+        let named = |name: &str| name == "key-secret" || name.ends_with(".key-secret");
+        self.0.iter().filter(|(name, _)| named(name)).map(|(n, v)| (n.clone(), v.clone())).collect()
+    }
+
     /// Whether none was given.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -61,7 +61,10 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
 /// One message on stderr; nothing to be done when nobody can read it.
 fn complain(message: &str) {
     if !message.is_empty() {
-        let _ = writeln!(std::io::stderr(), "ringblk img: {message}");
+        // One event, one line: what a name in an image or on the command line holds must not forge another.
+        let mut line = String::new();
+        let _ = logging::escape(&message.trim_end().replace('\n', ". "), &mut line);
+        let _ = writeln!(std::io::stderr(), "ringblk img: {line}");
     }
 }
 

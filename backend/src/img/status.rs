@@ -50,6 +50,16 @@ pub async fn of_chain(io: &NodeIo, offset: u64, len: u64) -> Result<Status> {
         let below = backing(&node)?;
         let past_end = offset >= node.size();
         if !past_end && flags.intersects(StatusFlags::DATA | StatusFlags::ZERO) {
+            let mut zero = flags.contains(StatusFlags::ZERO);
+            if let (Some(Location::Child { child, offset }), false) = (status.location, zero)
+                && flags.contains(StatusFlags::OFFSET_VALID)
+                && node.node()?.driver().backing_child().is_some()
+            {
+                // A cluster that was set aside and not written is a hole in the file.
+                let below = node.child(child).block_status(offset, len).await?;
+                zero = below.flags.contains(StatusFlags::ZERO);
+                len = len.min(below.len);
+            }
             let place = match status.location {
                 Some(location) if flags.contains(StatusFlags::OFFSET_VALID) => Some(place(&node, location)?),
                 _ => None,
@@ -57,7 +67,7 @@ pub async fn of_chain(io: &NodeIo, offset: u64, len: u64) -> Result<Status> {
             return Ok(Status {
                 len,
                 data: flags.contains(StatusFlags::DATA),
-                zero: flags.contains(StatusFlags::ZERO),
+                zero,
                 present: flags.contains(StatusFlags::ALLOCATED),
                 compressed: flags.contains(StatusFlags::COMPRESSED),
                 depth,

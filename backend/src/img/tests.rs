@@ -21,7 +21,8 @@ answer but report it. A guest can write what it likes to the beginning of a raw 
 images below one after the other, in the formats their names are stored with.
 * Messages on stderr begin with `ringblk img:` and are one line; some say more than qemu-img's.
 * `create` looks at all options before it says that it is formatting, and removes a new file again if it fails.
-* `map` does not look for holes inside of preallocated clusters, which qemu-img does for some images.
+* `map`, `measure` and `compare` always look for holes in the file inside of allocated clusters; qemu-img does so for images \
+that it takes for preallocated. `map` tells no place for clusters that were zeroed and keep theirs.
 * `compare -s` tells places apart that have data, zeroes or nothing of their own; flags of the host file play no part.
 * `convert` never offloads the copy to the host (`-C` is accepted), and new raw files have no block set aside at their \
 beginning. With `--salvage`, what could not be read is listed range by range on stderr.

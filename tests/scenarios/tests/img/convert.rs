@@ -171,3 +171,32 @@ fn progress_is_told_as_qemu_img_tells_it() {
     assert!(out.starts_with("    (0.00/100%)\r"), "{out:?}");
     assert!(out.ends_with("    (100.00/100%)\r\n"), "{out:?}");
 }
+
+#[test]
+fn bitmaps_are_copied_with_the_image() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    folder.qemu("qemu-img", &["bitmap", "--add", "plain.qcow2", "on"]);
+    folder.qemu("qemu-img", &["bitmap", "--add", "-g", "4k", "plain.qcow2", "off"]);
+    corpus::scribble(&folder, "plain.qcow2", 70);
+    folder.qemu("qemu-img", &["bitmap", "--disable", "plain.qcow2", "off"]);
+    folder.ours(&["convert", "--bitmaps", "-f", "qcow2", "-O", "qcow2", "plain.qcow2", "copy"]);
+    folder.check("copy");
+    let bitmaps = |name: &str| {
+        let info: Value =
+            serde_json::from_str(&folder.qemu("qemu-img", &["info", "--output=json", name])).unwrap();
+        let mut list = info["format-specific"]["data"]["bitmaps"].as_array().unwrap().clone();
+        list.sort_by_key(|b| b["name"].to_string());
+        list
+    };
+    assert_eq!(bitmaps("copy"), bitmaps("plain.qcow2"));
+    // What they mark is the same: merging one into the other changes nothing that a reader of dirty parts would see.
+    for name in ["on", "off"] {
+        let dirty = |image: &str| {
+            let opts = format!("driver=qcow2,file.filename={image}");
+            folder.ours(&["bitmap", "--list", "--image-opts", &opts])
+        };
+        let line = |text: String| text.lines().find(|l| l.starts_with(name)).unwrap().to_owned();
+        assert_eq!(line(dirty("copy")), line(dirty("plain.qcow2")));
+    }
+}

@@ -234,3 +234,51 @@ fn snapshots_go_there_and_back() {
         assert_eq!(folder.both(&args(&[])), "");
     }
 }
+
+#[test]
+fn bitmaps_are_what_qemu_img_makes_of_them() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let steps: &[&[&str]] = &[
+        &["--add", "IMAGE", "b0"],
+        &["--add", "-g", "1M", "--disable", "IMAGE", "b1"],
+        &["--add", "IMAGE", "b0"],
+        &["--add", "-g", "3", "IMAGE", "b2"],
+        &["WRITE"],
+        &["--merge", "b0", "IMAGE", "b1"],
+        &["--merge", "nothing", "IMAGE", "b1"],
+        &["--disable", "IMAGE", "b0"],
+        &["WRITE"],
+        &["--enable", "IMAGE", "b0"],
+        &["--clear", "IMAGE", "b1"],
+        &["--remove", "--add", "IMAGE", "b1"],
+        &["--remove", "IMAGE", "b0"],
+        &["--remove", "IMAGE", "b0"],
+    ];
+    for name in ["plain.qcow2", "small.qcow2", "sub.qcow2"] {
+        for copy in ["theirs", "ours"] {
+            std::fs::copy(folder.path().join(name), folder.path().join(copy)).unwrap();
+        }
+        for (index, step) in steps.iter().enumerate() {
+            if step[0] == "WRITE" {
+                corpus::scribble(&folder, "theirs", index as u64);
+                corpus::scribble(&folder, "ours", index as u64);
+                continue;
+            }
+            let args = |image: &'static str| -> Vec<&str> {
+                let rest = step.iter().map(|a| if *a == "IMAGE" { image } else { a });
+                ["bitmap", "-f", "qcow2"].into_iter().chain(rest).collect()
+            };
+            let theirs = folder.run("qemu-img", &args("theirs"));
+            let ours = folder.img(&args("ours"));
+            let (their_err, err) = (text(&theirs.stderr), text(&ours.stderr));
+            assert_eq!(ours.status.code(), theirs.status.code(), "{name} {step:?}: {err} / {their_err}");
+            assert_eq!(facts(&folder, "qcow2", "ours"), facts(&folder, "qcow2", "theirs"), "{name} {step:?}");
+            folder.check("ours");
+        }
+        folder.same(("ours", "qcow2"), ("theirs", "qcow2"));
+        let list = folder.ours(&["bitmap", "--list", "-f", "qcow2", "ours"]);
+        assert!(list.contains("b1") && !list.contains("b0"), "{list}");
+    }
+    folder.both(&["bitmap", "--clear", "-f", "raw", "sparse.raw", "b"]);
+}
