@@ -62,8 +62,10 @@ fn main() {
         name: "leaf",
         kind: DriverKind::Protocol,
         schema: || schemars::schema_for!(bool),
-        open: |_, _| {
-            Box::pin(async {
+        open: |context, _| {
+            Box::pin(async move {
+                // Counts the requests that reach it, as qcow2 does.
+                let _ = context.epochs();
                 let file = File::open(std::path::Path::new("/dev/null"), &OpenOptions::default())?;
                 Ok(Opened::new(Leaf(file)))
             })
@@ -122,5 +124,34 @@ fn main() {
         let best = host::exec::block_on(call).ok().unwrap();
         println!("depth {depth:2}: resolve {:5.1} ns, account {:5.1} ns", best[0], best[1]);
         host::exec::block_on(root.detach());
+    }
+    let root = host::exec::block_on(graph.attach("n1", RootOptions::new("bench", true), Rc::new(NoSource)));
+    let view = root.unwrap().view().unwrap();
+    let call = iothread.call(move |local| async move {
+        let io = view.io(&local);
+        let stays = io.stays().unwrap();
+        [1u64, 4, 32].map(|batch| {
+            // What a queue does beside a batch: the whole of it is under way at once.
+            let rounds = 500_000 / batch;
+            let mut best = f64::MAX;
+            for _ in 0..40 {
+                let start = Instant::now();
+                for _ in 0..rounds {
+                    let under = black_box(stays).enter();
+                    for _ in 0..batch {
+                        stays.join(black_box(under));
+                    }
+                    stays.leave(under);
+                    for _ in 0..batch {
+                        stays.leave(black_box(under));
+                    }
+                }
+                best = best.min(start.elapsed().as_secs_f64() / (rounds * batch) as f64 * 1e9);
+            }
+            (batch, best)
+        })
+    });
+    for (batch, best) in host::exec::block_on(call).ok().unwrap() {
+        println!("counting for grace periods, {batch:2} at once: {best:5.2} ns a request");
     }
 }
