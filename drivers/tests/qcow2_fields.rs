@@ -25,7 +25,7 @@ enum Expect {
     Refused,
     /// QEMU opens it; we too, but the range in question gives an error.
     Unreadable,
-    /// Whatever QEMU says, ours is an error, and no file that the image names was opened.
+    /// Ours is an error, and no file that the image names was opened; QEMU is not asked.
     Careful,
 }
 use Expect::{Careful, Refused, Same, Unreadable};
@@ -149,7 +149,11 @@ impl Rig {
         }
         let path = self.dir.path().join("copy");
         std::fs::write(&path, &bytes).unwrap();
-        let theirs = self.theirs(&path);
+        // What QEMU makes of these names is its own affair: it asks the network, or opens an image in itself for minutes.
+        let theirs = match expect {
+            Careful => Outcome::NotOpened(String::new()),
+            _ => self.theirs(&path),
+        };
         let ours = self.ours(&path, true);
         if std::fs::read(&path).unwrap() != bytes {
             self.wrong.push(format!("{what}: a read-only image was written"));
@@ -356,7 +360,7 @@ fn mapping(options: &str, rig: &mut Rig) {
     let bit0 = if size == 16 { Unreadable } else { Same };
     l2_is("zero", first | 1, bit0);
     l2_is("zero unaligned", first | 0x201, Same);
-    l2_is("plain zero", 1, if size == 16 { Unreadable } else { Same });
+    l2_is("plain zero", 1, Same);
     l2_is("compressed", 1 << 62 | first & !copied, Same);
     l2_is("compressed and copied", 1 << 62 | first, Same);
     l2_is("compressed past the end", 1 << 62 | 1 << 40, Same);

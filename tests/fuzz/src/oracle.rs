@@ -30,17 +30,24 @@ pub fn compare(image: &[u8]) -> Result<(), String> {
     for beside in ["data.raw", "base.img"] {
         std::fs::write(dir.path().join(beside), []).map_err(io)?;
     }
-    let theirs = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().map_err(io)?;
+    let theirs = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2"])
+        .arg(&path)
+        // A relative name of a data file is looked for here.
+        .current_dir(dir.path())
+        .output()
+        .map_err(io)?;
     let their_code = theirs.status.code().unwrap_or(-1);
     if their_code == code(&ours) {
         return Ok(());
     }
     let words = String::from_utf8_lossy(&theirs.stderr).into_owned();
     // QEMU opens what an image names even to check it; our checker looks at the image alone.
-    if words.contains("Could not open backing file") || words.contains("data-file") || words.contains("data file") {
+    if words.contains("Could not open backing file")
+        || words.contains("data-file")
+        || words.contains("data file")
+    {
         return Ok(());
     }
-    let kept = std::env::temp_dir().join("ringblk-fuzz-difference.qcow2");
-    std::fs::write(&kept, image).map_err(io)?;
-    Err(format!("QEMU says {their_code}, we {}; {}\n{words}\n{ours:#?}", code(&ours), kept.display()))
+    Err(format!("QEMU says {their_code}, we {}\n{words}\n{ours:#?}", code(&ours)))
 }

@@ -9,8 +9,15 @@
 //! one write; COPIED flags; snapshot table rewritten; dirty and corrupt bits cleared if all is well. Every step writes
 //! such that a crash leaves what a further repair puts right.
 //!
+//! Different from QEMU on purpose: nothing the image names is opened, and no key is needed; a refcount block past the end
+//! of the file means that the structures are built anew, the file is not made to reach there; refcount table entries
+//! that are unaligned or have reserved bits are repaired, where QEMU marks the image corrupt in passing and then cannot
+//! write; new structures never lie where something damaged points to past the end; where the snapshot table was
+//! rewritten the COPIED flags are looked at again. Opening is a little stricter than QEMU's: see `drivers/tests/qcow2_fields.rs`.
+//!
 //! Memory: L1 table (32 MiB at most), refcount table (8 MiB), snapshot table (at most 64 MiB on disk), one snapshot's
-//! L1, eight refcount blocks and two L2 tables (2 MiB each at most), 10 000 messages; and the counters, 1–4 bytes per host
+//! L1, the bitmap directory (at most 64 MiB on disk), eight refcount blocks and two L2 tables (2 MiB each at most), 10 000
+//! messages; and the counters, 1–4 bytes per host
 //! cluster in use, as the image's refcounts are wide, at most [`Limits::counters`] bytes. An image that would need more
 //! is reported as not checkable.
 

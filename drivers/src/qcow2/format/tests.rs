@@ -134,6 +134,8 @@ fn names_and_extensions_stay_inside_the_cluster() {
     assert_eq!(refused(116, &w(u32::MAX)), "Header extension too large");
     assert_eq!(refused(116, &w(1000)), "Header extension too large");
     assert_eq!(refused(116, &w(16)), "ERROR: ext_backing_format: len=16 too large (>=16)");
+    // An end mark may not be longer than the area either.
+    assert_eq!(refused_with(&[(112, &w(0)), (116, &w(u32::MAX))]), "Header extension too large");
     let crypto = "CRYPTO header extension only expected with LUKS encryption method";
     assert_eq!(refused(112, &w(extension::CRYPTO)), crypto);
     assert_eq!(refused(112, &w(extension::BITMAPS)), "bitmaps_ext: Invalid extension length");
