@@ -20,7 +20,7 @@ fn create(rig: &mut Rig, id: &str, options: Value) -> (Vec<String>, Value) {
 fn ended(rig: &mut Rig, id: &str) -> (Vec<String>, Value) {
     let mut states = Vec::new();
     while states.last().is_none_or(|s| s != "concluded") {
-        let is_ours = |e: &Value| e["data"]["id"] == id;
+        let is_ours = |data: &Value| data["id"] == id;
         let event = rig.qmp.wait_event_where("JOB_STATUS_CHANGE", is_ours).unwrap();
         states.push(event["data"]["status"].as_str().unwrap().to_owned());
     }
