@@ -116,13 +116,13 @@ fn an_image_is_checked_while_a_guest_writes() {
     let mut disk = rig.disk("e", &Setup::default());
     for round in 0..4u64 {
         for at in 0..32 {
-            disk.write((round * 32 + at) * 256, &[round as u8 + 1; 65536]).unwrap();
+            disk.write((round * 32 + at) << 16, &[round as u8 + 1; 65536]).unwrap();
         }
         let id = format!("check{round}");
         rig.qmp.take_events();
         rig.command("block-check", json!({"job-id": id, "node-name": "q"}));
         // Goes on meanwhile, or waits for the check: it is the guest's own in any case.
-        disk.write(100_000, &[9; 4096]).unwrap();
+        disk.write((32 << 20) + (round << 20), &[9; 4096]).unwrap();
         let (states, job) = ended(&mut rig, &id);
         assert_eq!(states, GOOD, "{job}");
         let report = rig.command("query-block-check", json!({"id": id}));
