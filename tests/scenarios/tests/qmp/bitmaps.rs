@@ -67,6 +67,10 @@ impl Program {
         let mut nodes: Vec<Value> = serde_json::from_str(&text).unwrap();
         nodes.retain(|n| !n["node-name"].as_str().unwrap().starts_with('#'));
         nodes.iter_mut().for_each(mask);
+        for node in nodes.iter_mut().filter(|n| n["drv"] == "null-co") {
+            // The peer leaves it out of nodes without an image, ours says no.
+            node["image"].as_object_mut().unwrap().remove("dirty-flag");
+        }
         nodes.into_iter().map(|n| (n["node-name"].as_str().unwrap().to_owned(), n)).collect()
     }
 
