@@ -11,14 +11,19 @@ use serde_json::{Value, json};
 
 const SIZE: u64 = 3 << 19;
 
-/// Makes an image with `qemu-img create`; false, with a word, without the tool.
-fn create(path: &Path, options: &str, size: u64, extra: &[&str]) -> Result<(), String> {
+/// Makes an image with `qemu-img create`. In `options`, DIR is its directory.
+fn create(path: &Path, options: &str, size: u64) -> Result<(), String> {
     let size = size.to_string();
+    let dir = path.parent().unwrap().to_str().unwrap();
+    if options.contains("DIR/base") {
+        // A backing file that reads as zeroes, of another size.
+        create(&path.with_file_name("base"), "cluster_size=4096", SIZE / 2 + 512)?;
+    }
+    let options = options.replace("DIR", dir);
     let mut args = vec!["create", "-q", "-f", "qcow2"];
     if !options.is_empty() {
-        args.extend(["-o", options]);
+        args.extend(["-o", &options]);
     }
-    args.extend(extra);
     args.extend([path.to_str().unwrap(), &size]);
     let output = tool("qemu-img", &args).ok_or("no qemu-img")?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
@@ -38,7 +43,7 @@ fn shape(name: &str, options: &'static str, size: u64, node: Value) {
         format!("qcow2 {name}"),
         registry(),
         size,
-        move |dir| create(&dir.join("image"), options, size, &[]),
+        move |dir| create(&dir.join("image"), options, size),
         move |dir| {
             let mut all = json!({"driver": "qcow2", "file": {"driver": "file",
                                  "filename": dir.join("image").to_str().unwrap()}});
@@ -110,4 +115,14 @@ fn clusters_that_keep_their_place() {
 #[test]
 fn past_the_page_cache() {
     shape("cache.direct", "", SIZE, json!({"discard": "unmap", "cache": {"direct": true}}));
+}
+
+#[test]
+fn over_a_backing_file() {
+    shape("backing", "backing_file=DIR/base,backing_fmt=qcow2", SIZE, json!({"discard": "unmap"}));
+}
+
+#[test]
+fn data_in_another_file() {
+    shape("data file", "data_file=DIR/data,cluster_size=8k", SIZE, json!({"discard": "unmap"}));
 }

@@ -65,7 +65,9 @@ async fn unlock(
     }
     let place = header.crypto.ok_or_else(|| BlockError::invalid("Encryption header missing"))?;
     let loaded = cx
-        .child_io(FILE, move |io| async move { Loaded::read(&io, place.offset, place.length, Place::Attached).await })
+        .child_io(FILE, move |io| async move {
+            Loaded::read(&io, place.offset, place.length, Place::Attached).await
+        })
         .await?;
     let info = loaded.info();
     let Some(secret) = secret else { return Ok((None, info)) };

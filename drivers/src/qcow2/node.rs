@@ -35,8 +35,6 @@ pub(crate) struct Settings {
     pub(crate) pass_discard_other: bool,
     /// A discarded cluster keeps its place.
     pub(crate) discard_no_unref: bool,
-    /// Overlap checks that are on, as `OverlapCheck::bits`.
-    pub(crate) overlap: u32,
     /// Memory for L2 slices, bytes.
     pub(crate) l2_cache_size: u64,
     /// Size of a slice, bytes.

@@ -173,7 +173,8 @@ pub struct Qcow2Options {
     #[schemars(range(min = 0))]
     #[schemars(extend("format" = "size"))]
     pub refcount_cache_size: Option<i64>,
-    /// After how many seconds unused parts of the caches are given up; default: 600, 0: never.
+    /// For compatibility: after how many seconds unused parts of the caches are given up. Here they stay until something
+    /// else needs their place; memory grows with what is used, up to the sizes above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub cache_clean_interval: Option<i64>,
@@ -187,42 +188,4 @@ pub struct Qcow2Options {
     #[serde(rename = "x-chain", default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(skip)]
     pub chain: Vec<String>,
-}
-
-impl OverlapCheck {
-    /// The checks that are on, one bit each in the order of [`OverlapFlags`].
-    pub(crate) fn bits(&self) -> u32 {
-        fn template(mode: OverlapMode) -> u32 {
-            match mode {
-                OverlapMode::None => 0,
-                // Header, active L1, refcount table, snapshot table, bitmap directory.
-                OverlapMode::Constant => 0b1_0010_1011,
-                // ... and active L2, refcount blocks, inactive L1.
-                OverlapMode::Cached => 0b1_0111_1111,
-                OverlapMode::All => 0b1_1111_1111,
-            }
-        }
-        match self {
-            OverlapCheck::Mode(mode) => template(*mode),
-            OverlapCheck::Flags(f) => {
-                let base = template(f.template.unwrap_or(OverlapMode::Cached));
-                let flags = [
-                    f.main_header,
-                    f.active_l1,
-                    f.active_l2,
-                    f.refcount_table,
-                    f.refcount_block,
-                    f.snapshot_table,
-                    f.inactive_l1,
-                    f.inactive_l2,
-                    f.bitmap_directory,
-                ];
-                flags.iter().enumerate().fold(base, |bits, (i, flag)| match flag {
-                    Some(true) => bits | 1 << i,
-                    Some(false) => bits & !(1 << i),
-                    None => bits,
-                })
-            }
-        }
-    }
 }

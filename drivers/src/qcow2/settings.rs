@@ -8,7 +8,7 @@ use graph::{BlockError, Result};
 use super::format::Header;
 use super::node::Settings;
 use super::open::{data_file_raw, passes_discards};
-use super::options::{OverlapCheck, OverlapMode, Qcow2Options};
+use super::options::Qcow2Options;
 
 /// The option that carries the images above down a chain that is being opened; not for users.
 pub(super) const CHAIN: &str = "x-chain";
@@ -50,7 +50,6 @@ pub(super) fn decide(
         pass_discard_snapshot: options.pass_discard_snapshot.unwrap_or(true),
         pass_discard_other: options.pass_discard_other.unwrap_or(false),
         discard_no_unref: no_unref,
-        overlap: options.overlap_check.clone().unwrap_or(OverlapCheck::Mode(OverlapMode::Cached)).bits(),
         l2_cache_size: l2,
         l2_slice_size: slice,
         refcount_cache_size: refcount,
@@ -61,9 +60,9 @@ pub(super) fn decide(
 fn unsigned(name: &str, value: Option<i64>) -> Result<Option<u64>> {
     match value {
         None => Ok(None),
-        Some(n) => u64::try_from(n).map(|n| Some(n.min(MOST))).map_err(|_| {
-            BlockError::invalid(format!("Value '{n}' is out of range for parameter '{name}'"))
-        }),
+        Some(n) => u64::try_from(n)
+            .map(|n| Some(n.min(MOST)))
+            .map_err(|_| BlockError::invalid(format!("Value '{n}' is out of range for parameter '{name}'"))),
     }
 }
 
@@ -94,7 +93,9 @@ fn cache_sizes(options: &Qcow2Options, header: &Header) -> Result<(u64, u64, u64
             ));
         }
         (Some(both), Some(l2), None) => (l2, both.checked_sub(l2).ok_or_else(|| over("l2-cache-size"))?),
-        (Some(both), None, Some(rc)) => (both.checked_sub(rc).ok_or_else(|| over("refcount-cache-size"))?, rc),
+        (Some(both), None, Some(rc)) => {
+            (both.checked_sub(rc).ok_or_else(|| over("refcount-cache-size"))?, rc)
+        }
         (Some(both), None, None) if both >= whole + least_refcount => (whole, both - whole),
         (Some(both), None, None) => (both - both.min(least_refcount), both.min(least_refcount)),
         (None, l2, refcount) => {

@@ -22,7 +22,13 @@ impl Qcow2 {
     }
 
     /// Reads a part of a compressed cluster.
-    pub(super) async fn read_compressed(&self, io: &NodeIo, at: u64, entry: u64, part: &IoVecs) -> Result<()> {
+    pub(super) async fn read_compressed(
+        &self,
+        io: &NodeIo,
+        at: u64,
+        entry: u64,
+        part: &IoVecs,
+    ) -> Result<()> {
         let skip = self.geo.in_cluster(at) as usize;
         let data = match self.decoded.get(entry) {
             Some(data) => data,
@@ -41,7 +47,8 @@ impl Qcow2 {
         // At most two clusters. The last sector may lie past the end of the file: zeroes, which decoders skip.
         let buffer = IoVecs::alloc(bytes as usize, 4096).map_err(BlockError::from)?;
         io.child(FILE).read(offset, &buffer).await?;
-        let (raw, kind, size) = (buffer.to_vec(), self.header().compression, self.geo.cluster_size() as usize);
+        let (raw, kind, size) =
+            (buffer.to_vec(), self.header().compression, self.geo.cluster_size() as usize);
         let decoded = io.local().blocking(move || {
             let mut out = vec![0; size];
             codec::decompress(kind, &raw, &mut out).map(|()| Arc::from(out))

@@ -36,9 +36,7 @@ impl Qcow2 {
                 Some(Location::Child { child: self.data, offset: host }),
             ),
             (Kind::Normal, _) => answer(StatusFlags::DATA | own, run.len, None),
-            (Kind::Compressed, _) => {
-                answer(StatusFlags::DATA | StatusFlags::COMPRESSED | own, run.len, None)
-            }
+            (Kind::Compressed, _) => answer(StatusFlags::DATA | StatusFlags::COMPRESSED | own, run.len, None),
             (Kind::Zero, _) => answer(StatusFlags::ZERO | own, run.len, None),
             (Kind::Unallocated, _) => match self.backing_size() {
                 Some(size) if at < size => answer(StatusFlags::empty(), run.len.min(size - at), None),

@@ -315,7 +315,7 @@ impl Cache {
                 if round == 0 && key.load(Relaxed) != 0 {
                     continue;
                 }
-                let Ok(mut state) = slot.state.try_lock() else { continue };
+                let mut state = lock(&slot.state);
                 if !state.evictable() {
                     any_dirty |= state.dirty != 0 || state.writing != 0;
                     continue;
