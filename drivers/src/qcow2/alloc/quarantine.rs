@@ -76,6 +76,8 @@ impl Space {
 
     /// See [`Space::release`]; whether anything became free. With `all`, requests are known to be gone. `slow` is held.
     pub(super) async fn release_passed(&self, file: &NodeIo, all: bool) -> Result<bool> {
+        // Before anything is counted down: what is free must lie before the end.
+        self.find_end(file).await?;
         let mut any = false;
         let mut budget = BATCH;
         loop {

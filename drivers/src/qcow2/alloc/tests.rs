@@ -425,6 +425,32 @@ fn holes_of_another_writer_are_found_a_few_blocks_at_a_time() {
 }
 
 #[test]
+fn the_end_is_found_before_the_last_clusters_go() {
+    let image = Image::new(16, 4);
+    image.run(1, Faults::default(), |open| async move {
+        for i in 0..5 {
+            open.link(i).await.unwrap();
+        }
+        open.close().await.unwrap();
+    });
+    image.run(2, Faults::default(), |open| async move {
+        for i in [4, 3, 1] {
+            open.unlink(i);
+        }
+        open.flush().await.unwrap();
+        open.space.release(&open.file).await.unwrap();
+        for i in 10..50 {
+            open.link(i).await.unwrap();
+        }
+        assert!(open.commits.is_fine());
+        open.close().await.unwrap();
+    });
+    if let Some(clean) = image.check() {
+        assert_eq!(clean, (0, 0));
+    }
+}
+
+#[test]
 fn a_full_file_says_so_and_stays_whole() {
     // No write reaches past 2 MiB.
     let full =
