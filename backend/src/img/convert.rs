@@ -68,7 +68,12 @@ pub async fn run(session: Session, args: ConvertArgs) -> Outcome {
         Some(_) => target.io(|io| async move { Ok(status::backing(&io)?.map(|b| b.size())) }).await?,
         None => None,
     };
-    let options = CopyOptions { target_zero: zero_before(&args, fresh), target_backing, ..wish.copy };
+    let target_zero = match target_backing {
+        // What is not copied shows through: it must not be zeroed before.
+        Some(_) => TargetZero::No,
+        None => zero_before(&args, fresh),
+    };
+    let options = CopyOptions { target_zero, target_backing, ..wish.copy };
     let options = match args.compress {
         true => compressed(&target, options)?,
         false => options,
@@ -133,6 +138,7 @@ fn check(args: &ConvertArgs, mut options: Options) -> Result<Wish, Failure> {
     }
     if args.no_create && !options.is_empty() {
         complain("warning: -o has no effect when skipping image creation");
+        options = Options::default();
     }
     if sources.len() > 1 && (args.bitmaps || args.snapshot.is_some() || args.backing.is_some()) {
         return fail("--bitmaps, -l and -B work on a single source");

@@ -3,7 +3,7 @@
 //! Called by `map`, `compare` and `measure` on the iothread. Asks each node of the chain in turn and follows locations down to
 //! the node that ends the graph. Must not read data.
 
-use graph::{BlockError, Errno, Location, NodeIo, Result, StatusFlags};
+use graph::{BlockError, DriverKind, Errno, Location, NodeIo, Result, StatusFlags};
 
 /// Deepest way down that is followed.
 const MAX_DEPTH: usize = 1024;
@@ -53,7 +53,7 @@ pub async fn of_chain(io: &NodeIo, offset: u64, len: u64) -> Result<Status> {
             let mut zero = flags.contains(StatusFlags::ZERO);
             if let (Some(Location::Child { child, offset }), false) = (status.location, zero)
                 && flags.contains(StatusFlags::OFFSET_VALID)
-                && node.node()?.driver().backing_child().is_some()
+                && node.node()?.kind() == DriverKind::Format
             {
                 // A cluster that was set aside and not written is a hole in the file.
                 let below = node.child(child).block_status(offset, len).await?;
