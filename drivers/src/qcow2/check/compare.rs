@@ -15,6 +15,16 @@ impl<S: Storage> Checker<'_, S> {
         let per_block = self.geo.refblock_entries();
         let mut cluster = 0;
         while cluster < self.clusters {
+            // Both known and equal: nearly always.
+            if let Some(disk) = self.blocks.known(cluster)
+                && disk == self.counts.get(cluster)
+            {
+                if disk > 0 {
+                    highest = cluster;
+                }
+                cluster += 1;
+                continue;
+            }
             // Neither counted nor counting: skip what its refcount block would cover.
             let end = (cluster | (per_block - 1)) + 1;
             if !self.blocks.covers(cluster) && self.counts.untouched(cluster, end - cluster) {

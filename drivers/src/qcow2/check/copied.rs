@@ -82,9 +82,12 @@ impl<S: Storage> Checker<'_, S> {
             }
             let refcount = match data_file {
                 true => 1,
-                false => match self.refcount(host >> self.geo.cluster_bits()).await {
-                    Ok(n) => n,
-                    Err(_) => continue,
+                false => match self.blocks.known(host >> self.geo.cluster_bits()) {
+                    Some(n) => n,
+                    None => match self.refcount(host >> self.geo.cluster_bits()).await {
+                        Ok(n) => n,
+                        Err(_) => continue,
+                    },
                 },
             };
             if (refcount == 1) == (word & COPIED != 0) {

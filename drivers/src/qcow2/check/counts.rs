@@ -3,6 +3,7 @@
 //! Filled while the tables are walked, compared with the refcounts on disk afterwards. A hostile image decides which
 //! clusters are counted, so the memory has a limit.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use crate::qcow2::format::refcount;
@@ -16,7 +17,11 @@ pub(super) struct Full;
 
 /// Sparse counters. A counter is as wide as a refcount of the image, at least 8 and at most 32 bits.
 pub(super) struct Counts {
-    chunks: BTreeMap<u64, Box<[u8]>>,
+    /// Chunk number to its place in `chunks`.
+    index: BTreeMap<u64, usize>,
+    chunks: Vec<Box<[u8]>>,
+    /// The chunk found last, by number and place: clusters come in runs.
+    last: Cell<Option<(u64, usize)>>,
     order: u32,
     max: u64,
     bytes: u64,
@@ -27,19 +32,32 @@ impl Counts {
     /// For refcounts of `1 << order` bits; at most `budget` bytes.
     pub(super) fn new(order: u32, budget: u64) -> Counts {
         let max = refcount::max(order).min(refcount::max(5));
-        Counts { chunks: BTreeMap::new(), order: order.clamp(3, 5), max, bytes: 0, budget }
+        let (index, chunks, last) = (BTreeMap::new(), Vec::new(), Cell::new(None));
+        Counts { index, chunks, last, order: order.clamp(3, 5), max, bytes: 0, budget }
     }
 
     /// Everything back to 0.
     pub(super) fn clear(&mut self) {
+        self.index.clear();
         self.chunks.clear();
+        self.last.set(None);
         self.bytes = 0;
     }
 
+    fn place(&self, index: u64) -> Option<usize> {
+        match self.last.get() {
+            Some((last, place)) if last == index => Some(place),
+            _ => {
+                let place = *self.index.get(&index)?;
+                self.last.set(Some((index, place)));
+                Some(place)
+            }
+        }
+    }
+
     pub(super) fn get(&self, cluster: u64) -> u64 {
-        self.chunks
-            .get(&(cluster / CHUNK))
-            .map_or(0, |c| refcount::get(c, self.order, (cluster % CHUNK) as usize))
+        let chunk = self.place(cluster / CHUNK).and_then(|place| self.chunks.get(place));
+        chunk.map_or(0, |c| refcount::get(c, self.order, (cluster % CHUNK) as usize))
     }
 
     /// One more; `Ok(false)`: the counter is at the largest refcount the image can store and stays there.
@@ -57,16 +75,19 @@ impl Counts {
         // A chunk, its node's share of the tree.
         let cost = len + 64;
         let index = cluster / CHUNK;
-        let chunk = match self.chunks.entry(index) {
-            std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-            std::collections::btree_map::Entry::Vacant(e) => {
+        let place = match self.place(index) {
+            Some(place) => place,
+            None => {
                 if self.bytes + cost > self.budget {
                     return Err(Full);
                 }
                 self.bytes += cost;
-                e.insert(vec![0; len as usize].into_boxed_slice())
+                self.chunks.push(vec![0; len as usize].into_boxed_slice());
+                self.index.insert(index, self.chunks.len() - 1);
+                self.chunks.len() - 1
             }
         };
+        let Some(chunk) = self.chunks.get_mut(place) else { return Err(Full) };
         refcount::set(chunk, self.order, (cluster % CHUNK) as usize, value);
         Ok(())
     }
@@ -74,14 +95,18 @@ impl Counts {
     /// Whether nothing in `[cluster, cluster + n)` is counted; may say no although.
     pub(super) fn untouched(&self, cluster: u64, n: u64) -> bool {
         let last = cluster.saturating_add(n.max(1) - 1) / CHUNK;
-        self.chunks.range(cluster / CHUNK..=last).next().is_none()
+        if n == 1 {
+            return self.place(last).is_none();
+        }
+        self.index.range(cluster / CHUNK..=last).next().is_none()
     }
 
     /// The counted clusters in ascending order.
     pub(super) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let order = self.order;
-        self.chunks.iter().flat_map(move |(index, chunk)| {
+        self.index.iter().flat_map(move |(index, &place)| {
             let first = index * CHUNK;
+            let chunk = self.chunks.get(place).map(|c| &c[..]).unwrap_or_default();
             (0..CHUNK).filter_map(move |i| {
                 let n = refcount::get(chunk, order, i as usize);
                 (n != 0).then_some((first + i, n))

@@ -13,7 +13,8 @@
 //! of the file means that the structures are built anew, the file is not made to reach there; refcount table entries
 //! that are unaligned or have reserved bits are repaired, where QEMU marks the image corrupt in passing and then cannot
 //! write; new structures never lie where something damaged points to past the end; where the snapshot table was
-//! rewritten the COPIED flags are looked at again. Opening is a little stricter than QEMU's: see `drivers/tests/qcow2_fields.rs`.
+//! rewritten the COPIED flags are looked at again; bitmaps are counted, not loaded, so one that does not fit the disk is
+//! no obstacle. Opening is a little stricter than QEMU's: see `drivers/tests/qcow2_fields.rs`.
 //!
 //! Memory: L1 table (32 MiB at most), refcount table (8 MiB), snapshot table (at most 64 MiB on disk), one snapshot's
 //! L1, the bitmap directory (at most 64 MiB on disk), eight refcount blocks and two L2 tables (2 MiB each at most), 10 000
@@ -142,6 +143,8 @@ struct Checker<'a, S: Storage> {
     suppressed: u64,
     counts: Counts,
     past_end: PastEnd,
+    /// How long the file was when the walk began, bytes; 0 where data clusters are not in it.
+    walked_file: u64,
     /// The file's length in clusters, or the highest cluster that is referred to.
     clusters: u64,
     l1: Vec<L1Entry>,
@@ -170,6 +173,7 @@ impl<'a, S: Storage> Checker<'a, S> {
             suppressed: 0,
             counts: Counts::new(geo.refcount_order(), limits.counters),
             past_end: PastEnd::default(),
+            walked_file: 0,
             clusters: 0,
             l1: l1.into_iter().map(L1Entry).collect(),
             blocks: Blocks::new(geo, reftable),

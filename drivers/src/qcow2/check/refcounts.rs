@@ -42,6 +42,18 @@ impl Blocks {
         self.entry(cluster).offset() != 0
     }
 
+    /// The refcount where that is known without reading or changing anything.
+    #[inline]
+    pub(super) fn known(&self, cluster: u64) -> Option<u64> {
+        let offset = self.entry(cluster).offset();
+        let block = self.cached.last().filter(|b| b.offset == offset && offset != 0)?;
+        Some(refcount::get(
+            &block.bytes,
+            self.geo.refcount_order(),
+            self.geo.refblock_index(cluster) as usize,
+        ))
+    }
+
     fn entry(&self, cluster: u64) -> RtEntry {
         let index = usize::try_from(self.geo.reftable_index(cluster)).unwrap_or(usize::MAX);
         RtEntry(self.table.get(index).copied().unwrap_or(0))
@@ -51,6 +63,9 @@ impl Blocks {
 impl<S: Storage> Checker<'_, S> {
     /// The refcount on disk.
     pub(super) async fn refcount(&mut self, cluster: u64) -> Result<u64, BlockError> {
+        if let Some(n) = self.blocks.known(cluster) {
+            return Ok(n);
+        }
         let index = self.geo.refblock_index(cluster) as usize;
         let order = self.geo.refcount_order();
         match self.block(cluster).await? {

@@ -30,6 +30,8 @@ impl<S: Storage> Checker<'_, S> {
     /// Counts everything that refers to a host cluster.
     pub(super) async fn count_references(&mut self, fix: CheckFix) -> Result<(), BlockError> {
         let cluster = self.geo.cluster_size();
+        // With a data file no cluster of the image is counted for data: there the long way is taken always.
+        self.walked_file = if self.header.has_data_file() { 0 } else { self.storage.size() };
         self.refer(0, cluster)?;
         self.walk_active(fix).await?;
         self.walk_snapshots(fix).await?;
@@ -163,12 +165,45 @@ impl<S: Storage> Checker<'_, S> {
         for i in 0..self.geo.l2_entries() as usize {
             let word = be64(&bytes, i * size).unwrap_or(0);
             let bitmap = if size == 16 { be64(&bytes, i * size + 8).unwrap_or(0) } else { 0 };
+            if self.plain(word, bitmap, &mut expected, walk)? {
+                continue;
+            }
             if word != 0 || bitmap != 0 {
                 let at = (table + (i * size) as u64, i as u64);
                 self.l2_entry(at, word, SubBitmap(bitmap), &mut expected, walk).await?;
             }
         }
         Ok(())
+    }
+
+    /// Counts an ordinary data cluster, nothing wrong with its entry; answers whether it was one.
+    #[inline]
+    fn plain(&mut self, word: u64, bitmap: u64, expected: &mut u64, walk: Walk) -> Result<bool, BlockError> {
+        let offset = word & !COPIED;
+        let in_file = offset.saturating_add(self.geo.cluster_size()) <= self.walked_file;
+        if offset == 0
+            || bitmap != 0
+            || offset & !OFFSET_MASK != 0
+            || !in_file
+            || self.geo.in_cluster(offset) != 0
+        {
+            return Ok(false);
+        }
+        let cluster = offset >> self.geo.cluster_bits();
+        match self.counts.add(cluster) {
+            Ok(true) => {}
+            // Said in the long way.
+            Ok(false) => return Ok(false),
+            Err(_) => return Err(self.full()),
+        }
+        if walk.active {
+            self.report.allocated_clusters += 1;
+            if *expected != 0 && offset != *expected {
+                self.report.fragmented_clusters += 1;
+            }
+            *expected = offset + self.geo.cluster_size();
+        }
+        Ok(true)
     }
 
     fn kind(&self, word: u64) -> Kind {

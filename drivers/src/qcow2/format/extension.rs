@@ -81,10 +81,6 @@ fn next<'a>(cluster: &'a [u8], at: usize, end: usize) -> Result<Option<Raw<'a>>,
     let too_large = || ParseError::invalid("header extension", at as u64, "Header extension too large");
     let magic = be32(cluster, at).ok_or_else(too_large)?;
     let body = at + 8;
-    // Where less than a head is left before the end QEMU's own comparison wraps; there only the end mark is taken.
-    if magic == END && body > end {
-        return Ok(None);
-    }
     let len = be32(cluster, at + 4).ok_or_else(too_large)? as usize;
     // The end mark's length is looked at like any other.
     if body > end || len > end - body {
