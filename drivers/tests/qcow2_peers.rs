@@ -649,7 +649,10 @@ fn a_chain_has_an_end() {
     let lowest = path(0);
     run("qemu-img", &["create", "-q", "-f", "qcow2", lowest.to_str().unwrap(), "1M"]);
     run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 64k 64k", lowest.to_str().unwrap()]);
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "level0", "-F", "qcow2", path(1).to_str().unwrap()]);
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-b", "level0", "-F", "qcow2", path(1).to_str().unwrap()],
+    );
     // The others are copies with another name inside, of the same length.
     let first = std::fs::read(path(1)).unwrap();
     let rename = |to: &str| {

@@ -43,8 +43,7 @@ impl Node {
         kind: DriverKind,
         driver: Arc<dyn Driver>,
         options: NodeOptions,
-        bitmaps: Arc<BitmapSet>,
-        epochs: Option<Arc<Epochs>>,
+        (bitmaps, epochs): (Arc<BitmapSet>, Option<Arc<Epochs>>),
     ) -> Node {
         Node {
             id,

@@ -47,7 +47,7 @@ impl World {
             logical_block_size: 0,
             physical_block_size: 0,
             writethrough: false,
-        pin_memory: false,
+            pin_memory: false,
             serial: *b"under the stock one\0",
         };
         let config = DeviceConfig::new(options, &found.driver().limits(), found.size()).unwrap();

@@ -18,9 +18,7 @@ use graph::{Graph, GraphEvent, Registry};
 use host::exec::{MainExecutor, MainRemote};
 use host::{IoThread, IoThreadOptions};
 use qmp::QmpError;
-use qmp::event::{
-    BlockErrorAction, BlockExportDeleted, BlockImageCorrupted, BlockIoError, IoOperationType,
-};
+use qmp::event::{BlockErrorAction, BlockExportDeleted, BlockImageCorrupted, BlockIoError, IoOperationType};
 
 use crate::blk::device::{ErrorSink, IoErrorReport};
 use crate::export::options::{ExportOptions, RemoveMode};

@@ -44,11 +44,11 @@ pub struct BitmapRef {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Usable {
     /// In use.
-    ToRemove,
+    Removal,
     /// In use, inconsistent.
-    ToRead,
+    Reading,
     /// In use, inconsistent, read-only.
-    ToWrite,
+    Writing,
 }
 
 /// Refuses a bitmap that cannot be used so.
@@ -58,11 +58,11 @@ fn usable(bitmap: &Bitmap, how: Usable) -> Result<()> {
         let text = format!("Bitmap '{name}' is currently in use by another operation and cannot be used");
         return Err(BlockError::new(Errno::EBUSY, text));
     }
-    if how != Usable::ToRead && bitmap.readonly() {
+    if how != Usable::Reading && bitmap.readonly() {
         let text = format!("Bitmap '{name}' is readonly and cannot be modified");
         return Err(BlockError::new(Errno::EPERM, text));
     }
-    if how != Usable::ToRemove && bitmap.inconsistent() {
+    if how != Usable::Removal && bitmap.inconsistent() {
         return Err(BlockError::invalid(format!("Bitmap '{name}' is inconsistent and cannot be used")));
     }
     Ok(())
@@ -141,7 +141,7 @@ impl Graph {
     /// There is none of that name, something uses it, or it cannot be removed from the image; then it stays.
     pub async fn bitmap_remove(&self, node: &str, name: &str) -> Result<()> {
         let (found, bitmap) = self.bitmap(node, name)?;
-        usable(&bitmap, Usable::ToRemove)?;
+        usable(&bitmap, Usable::Removal)?;
         let id = found.id();
         let guard = self.bitmaps_drained(id).await;
         if bitmap.persistent() {
@@ -164,7 +164,7 @@ impl Graph {
     /// There is none of that name, or its state does not allow it.
     pub async fn bitmap_clear(&self, node: &str, name: &str) -> Result<()> {
         let (found, bitmap) = self.bitmap(node, name)?;
-        usable(&bitmap, Usable::ToWrite)?;
+        usable(&bitmap, Usable::Writing)?;
         // Drained, so that every change is either before it or after it as a whole.
         let guard = self.bitmaps_drained(found.id()).await;
         bitmap.clear_all();
@@ -178,7 +178,7 @@ impl Graph {
     /// There is none of that name, or its state does not allow it.
     pub async fn bitmap_set_recording(&self, node: &str, name: &str, on: bool) -> Result<()> {
         let (found, bitmap) = self.bitmap(node, name)?;
-        usable(&bitmap, Usable::ToRead)?;
+        usable(&bitmap, Usable::Reading)?;
         let guard = self.bitmaps_drained(found.id()).await;
         bitmap.set_recording(on);
         self.bitmaps_changed(found.id());
@@ -192,11 +192,11 @@ impl Graph {
     /// There is none of that name, the state of one does not allow it, or the sizes differ.
     pub async fn bitmap_merge(&self, node: &str, target: &str, sources: &[BitmapRef]) -> Result<()> {
         let (_, into) = self.bitmap(node, target)?;
-        usable(&into, Usable::ToWrite)?;
+        usable(&into, Usable::Writing)?;
         let mut all = Vec::with_capacity(sources.len());
         for source in sources {
             let (_, from) = self.bitmap(source.node.as_deref().unwrap_or(node), &source.name)?;
-            usable(&from, Usable::ToRead)?;
+            usable(&from, Usable::Reading)?;
             into.check_merge(&from)?;
             all.push(from);
         }

@@ -340,8 +340,8 @@ impl Graph {
         let state = &mut *self.state_mut();
         let id = NodeId(state.fresh_id());
         let name = opening.name.clone();
-        let (bitmaps, epochs) = (Arc::clone(&opening.bitmaps), opening.epochs.clone());
-        let node = Node::new(id, name.clone(), def.name, def.kind, opened.driver, options, bitmaps, epochs);
+        let shared = (Arc::clone(&opening.bitmaps), opening.epochs.clone());
+        let node = Node::new(id, name.clone(), def.name, def.kind, opened.driver, options, shared);
         if node.size() > i64::MAX as u64 {
             return Err(BlockError::new(Errno::EFBIG, "The image is too large"));
         }

@@ -51,7 +51,7 @@ impl Space {
     }
 
     /// Up to `clusters` out of this thread's run.
-    fn from_slot(&self, clusters: u64, contiguous: bool) -> Option<Extent> {
+    fn next_of_slot(&self, clusters: u64, contiguous: bool) -> Option<Extent> {
         let mut slot = lock(self.slot());
         let left = slot.end - slot.next;
         if left == 0 || (contiguous && left < clusters) {
@@ -88,12 +88,12 @@ impl Space {
     async fn alloc_unmarked(&self, file: &NodeIo, clusters: u64, contiguous: bool) -> Result<Extent> {
         self.health.check()?;
         let clusters = clusters.max(1);
-        if let Some(extent) = self.from_slot(clusters, contiguous) {
+        if let Some(extent) = self.next_of_slot(clusters, contiguous) {
             return Ok(extent);
         }
         let slow = self.slow.lock().await;
         // Another task of this thread may have filled it meanwhile.
-        if let Some(extent) = self.from_slot(clusters, contiguous) {
+        if let Some(extent) = self.next_of_slot(clusters, contiguous) {
             return Ok(extent);
         }
         let last = (LAST_EXTENT >> self.geo.cluster_bits()).max(1);
@@ -131,7 +131,7 @@ impl Space {
             self.return_now(Extent { offset: next << self.geo.cluster_bits(), clusters: end - next, zero });
         }
         drop(slow);
-        match self.from_slot(clusters, contiguous) {
+        match self.next_of_slot(clusters, contiguous) {
             Some(extent) => Ok(extent),
             // Another task of this thread cannot have been faster: there was no wait in between. Other threads share the
             // slot when there are many; they have taken all of it.

@@ -19,7 +19,11 @@ impl Qcow2 {
     /// # Errors
     /// Too many snapshots, a refcount at its maximum, no space, what the disk says; the image is as before then, but for
     /// space that may have leaked.
-    pub(in crate::qcow2) async fn make_snapshot(&self, io: &NodeIo, new: NewSnapshot) -> Result<SnapshotInfo> {
+    pub(in crate::qcow2) async fn make_snapshot(
+        &self,
+        io: &NodeIo,
+        new: NewSnapshot,
+    ) -> Result<SnapshotInfo> {
         self.snapshots_allowed()?;
         if new.name.len() > MAX_NAME {
             return Err(BlockError::invalid(format!("A snapshot's name has at most {MAX_NAME} bytes")));
@@ -83,7 +87,11 @@ impl Qcow2 {
 
     /// The next id: one more than the largest number.
     fn next_id(&self) -> String {
-        let numbers = self.snapshots().iter().filter_map(|s| std::str::from_utf8(&s.id).ok()?.parse::<u64>().ok()).max();
+        let numbers = self
+            .snapshots()
+            .iter()
+            .filter_map(|s| std::str::from_utf8(&s.id).ok()?.parse::<u64>().ok())
+            .max();
         numbers.unwrap_or(0).saturating_add(1).to_string()
     }
 

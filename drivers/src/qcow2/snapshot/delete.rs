@@ -18,7 +18,11 @@ impl Qcow2 {
     /// # Errors
     /// No such snapshot; `EBUSY` while it is read; what the disk says. Once the snapshot is gone from the table, an error
     /// means that space has leaked.
-    pub(in crate::qcow2) async fn remove_snapshot(&self, io: &NodeIo, which: &SnapshotRef) -> Result<SnapshotInfo> {
+    pub(in crate::qcow2) async fn remove_snapshot(
+        &self,
+        io: &NodeIo,
+        which: &SnapshotRef,
+    ) -> Result<SnapshotInfo> {
         self.snapshots_allowed()?;
         let at = self.snapshot_position(which)?;
         let mut list = self.snapshots().clone();

@@ -45,7 +45,9 @@ impl Qcow2 {
                 continue;
             }
             match out.last_mut() {
-                Some((start, len)) if *start + *len == offset && start.is_multiple_of(size) && len.is_multiple_of(size) => {
+                Some((start, len))
+                    if *start + *len == offset && start.is_multiple_of(size) && len.is_multiple_of(size) =>
+                {
                     *len += size;
                 }
                 _ => out.push((offset, size)),
