@@ -59,8 +59,11 @@ fn corpus(folder: Option<&PathBuf>) -> std::io::Result<Vec<Vec<u8>>> {
     paths.iter().filter(|p| p.is_file()).map(std::fs::read).collect()
 }
 
+/// The memory an input took, bytes, and how the oracle differs.
+type Execution = (usize, Option<String>);
+
 /// Runs input `n`; the error text says what is wrong with it.
-fn execute(target: &mut dyn Target, seed: u64, n: u64, oracle: u64) -> Result<usize, String> {
+fn execute(target: &mut dyn Target, seed: u64, n: u64, oracle: u64) -> Result<Execution, String> {
     let mut random = Random::new(seed, n);
     let before = memory::start();
     let done = catch_unwind(AssertUnwindSafe(|| target.run(&mut random)));
@@ -71,10 +74,9 @@ fn execute(target: &mut dyn Target, seed: u64, n: u64, oracle: u64) -> Result<us
         return Err(format!("took {peak} bytes, {} are allowed", target.memory()));
     }
     match image {
-        Some(image) if oracle != 0 && n.is_multiple_of(oracle) => oracle::compare(&image)?,
-        _ => {}
+        Some(image) if oracle != 0 && n.is_multiple_of(oracle) => Ok((peak, oracle::compare(&image).err())),
+        _ => Ok((peak, None)),
     }
-    Ok(peak)
 }
 
 fn main() -> ExitCode {
@@ -96,10 +98,16 @@ fn main() -> ExitCode {
         None => (0, arguments.executions),
     };
     let started = Instant::now();
-    let mut highest = 0;
+    let (mut highest, mut differences) = (0, 0);
     for n in first..last {
         match execute(target.as_mut(), arguments.seed, n, arguments.oracle) {
-            Ok(peak) => highest = highest.max(peak),
+            Ok((peak, difference)) => {
+                highest = highest.max(peak);
+                if let Some(what) = difference {
+                    differences += 1;
+                    eprintln!("{:?} --seed {} --only {n}: {what}", arguments.target, arguments.seed);
+                }
+            }
             Err(what) => {
                 eprintln!("{:?} --seed {} --only {n}: {what}", arguments.target, arguments.seed);
                 return ExitCode::FAILURE;
@@ -112,5 +120,8 @@ fn main() -> ExitCode {
         arguments.target,
         last - first
     );
-    ExitCode::SUCCESS
+    if arguments.oracle != 0 {
+        eprintln!("{differences} differences from the oracle");
+    }
+    if differences == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
