@@ -23,6 +23,10 @@ pub const ALL: &[DriverDef] =
 
 /// Images without a node: what test tools and offline tools need of a format that this crate knows.
 pub mod image {
+    /// LUKS: the header on disk.
+    pub mod luks {
+        pub use crate::luks::header;
+    }
     /// qcow2: the format on disk, its compressed clusters, checking and repairing.
     pub mod qcow2 {
         pub use crate::qcow2::{check, codec, format};

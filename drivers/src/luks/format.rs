@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::cipher::SectorCipher;
-use super::header::{DIGEST_LEN, Header, MATERIAL, Place, SALT_LEN, SLOTS, STRIPES, Slot, material_sectors};
+use super::header::{
+    DIGEST_LEN, Header, MATERIAL, Place, SALT_LEN, SLOTS, STRIPES, Slot, UUID_LEN, material_sectors,
+};
 use super::spec::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvGen};
 use super::volume::UNLOCK_LIMIT;
 use super::{SECTOR, af};
@@ -170,14 +172,17 @@ fn salt() -> Result<[u8; SALT_LEN]> {
     Ok(salt)
 }
 
-/// A random UUID (RFC 9562, 5.4).
-fn uuid() -> Result<String> {
+/// A random UUID (RFC 9562, 5.4) as text.
+fn uuid() -> Result<[u8; UUID_LEN]> {
     let mut raw = [0u8; 16];
     random(&mut raw)?;
     let n = u128::from_be_bytes(raw) & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
     let hex = format!("{n:032x}");
     let part = |from: usize, to: usize| hex.get(from..to).unwrap_or_default();
-    Ok(format!("{}-{}-{}-{}-{}", part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)))
+    let text = [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-");
+    let mut field = [0; UUID_LEN];
+    field.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    Ok(field)
 }
 
 /// Processor time of this thread: what others take from it does not count.

@@ -8,7 +8,7 @@ use super::SECTOR;
 use super::spec::{CipherSpec, HashAlg};
 
 /// Length of the header proper, bytes: the phdr with its eight key slots.
-pub(crate) const HEADER_LEN: usize = 592;
+pub const HEADER_LEN: usize = 592;
 /// Key slots.
 pub(super) const SLOTS: usize = 8;
 /// Anti-forensic stripes of a key slot.
@@ -21,7 +21,9 @@ pub(super) const SALT_LEN: usize = 32;
 pub(super) const DIGEST_LEN: usize = 20;
 
 /// `LUKS\xba\xbe`.
-pub(crate) const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
+pub const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
+/// Length of the UUID's field, bytes.
+pub(super) const UUID_LEN: usize = 40;
 const VERSION: u16 = 1;
 const SLOT_ACTIVE: u32 = 0x00AC_71F3;
 const SLOT_INACTIVE: u32 = 0x0000_DEAD;
@@ -31,7 +33,7 @@ const SLOT_LEN: usize = 48;
 
 /// Where the data lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub enum Place {
     /// Behind the header, or in clusters anywhere in the image that holds the header.
     Attached,
     /// In another file: the header may say that it begins at 0.
@@ -55,7 +57,7 @@ pub(crate) struct Slot {
 
 /// A header that has been checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub struct Header {
     /// What data and key material are encrypted with.
     pub(super) spec: CipherSpec,
     /// The hash of PBKDF2 and of the anti-forensic splitter.
@@ -68,8 +70,8 @@ pub(crate) struct Header {
     pub(super) digest_salt: [u8; SALT_LEN],
     /// PBKDF2 rounds of the digest.
     pub(super) digest_iterations: u32,
-    /// The UUID as it is written.
-    pub(super) uuid: String,
+    /// The UUID as it is written: text, filled up with NULs.
+    pub(super) uuid: [u8; UUID_LEN],
     /// The key slots.
     pub(super) slots: [Slot; SLOTS],
 }
@@ -102,7 +104,7 @@ impl Header {
     /// # Errors
     /// `EINVAL` for what contradicts the specification or itself, `ENOTSUP` for what is not known here; the words are
     /// QEMU's and name the field.
-    pub(crate) fn parse(raw: &[u8; HEADER_LEN], place: Place) -> Result<Header> {
+    pub fn parse(raw: &[u8; HEADER_LEN], place: Place) -> Result<Header> {
         if bytes::<6>(raw, 0) != MAGIC {
             return Err(BlockError::invalid("Volume is not in LUKS format"));
         }
@@ -114,8 +116,6 @@ impl Header {
         let mode = string::<32>(raw, 40, "cipher mode")?;
         let hash_name = string::<32>(raw, 72, "hash spec")?;
         let (payload, key_len) = (be32(raw, 104), be32(raw, 108));
-        let mut uuid = String::from_utf8_lossy(&bytes::<40>(raw, 168)).into_owned();
-        uuid.truncate(uuid.find('\0').unwrap_or(uuid.len()));
         let spec = CipherSpec::parse(&cipher, &mode, key_len)?;
         let hash = HashAlg::find(&hash_name).ok_or_else(|| {
             BlockError::unsupported(format!("Hash algorithm '{hash_name}' is not recognized"))
@@ -134,7 +134,7 @@ impl Header {
             digest: bytes(raw, 112),
             digest_salt: bytes(raw, 132),
             digest_iterations: be32(raw, 164),
-            uuid,
+            uuid: bytes(raw, 168),
             slots,
         };
         header.check(place)?;
@@ -176,7 +176,7 @@ impl Header {
     }
 
     /// The header's bytes.
-    pub(super) fn serialise(&self) -> [u8; HEADER_LEN] {
+    pub fn serialise(&self) -> [u8; HEADER_LEN] {
         let mut raw = [0u8; HEADER_LEN];
         let mut put = |at: usize, data: &[u8]| {
             if let Some(to) = raw.get_mut(at..at + data.len()) {
@@ -194,7 +194,7 @@ impl Header {
         put(112, &self.digest);
         put(132, &self.digest_salt);
         put(164, &self.digest_iterations.to_be_bytes());
-        put(168, self.uuid.as_bytes().get(..39).unwrap_or(self.uuid.as_bytes()));
+        put(168, &self.uuid);
         for (i, slot) in self.slots.iter().enumerate() {
             let at = SLOT_TABLE + i * SLOT_LEN;
             put(at, &if slot.active { SLOT_ACTIVE } else { SLOT_INACTIVE }.to_be_bytes());
@@ -206,13 +206,19 @@ impl Header {
         raw
     }
 
+    /// The UUID as text.
+    pub(super) fn uuid(&self) -> String {
+        let text = self.uuid.split(|b| *b == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(text).into_owned()
+    }
+
     /// Where the data begins, bytes.
-    pub(crate) fn payload_offset(&self) -> u64 {
+    pub fn payload_offset(&self) -> u64 {
         u64::from(self.payload) * SECTOR as u64
     }
 
     /// Where the material of the active slots lies: (slot, offset, length), bytes. A slot is some 250 KiB long at most.
-    pub(crate) fn material(&self) -> impl Iterator<Item = (usize, u64, usize)> {
+    pub fn material(&self) -> impl Iterator<Item = (usize, u64, usize)> {
         let length = material_sectors(self.spec.key_len()) as usize * SECTOR;
         self.slots
             .iter()

@@ -24,7 +24,7 @@ mod af;
 mod cipher;
 mod create;
 pub(crate) mod format;
-pub(crate) mod header;
+pub mod header;
 mod io;
 mod open;
 mod options;

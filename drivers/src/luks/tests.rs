@@ -356,7 +356,7 @@ proptest! {
         for place in [Place::Attached, Place::Detached] {
             if let Ok(header) = Header::parse(&raw, place) {
                 let again = Header::parse(&header.serialise(), place).unwrap();
-                prop_assert_eq!(&again.slots, &header.slots);
+                prop_assert_eq!(&again, &header);
                 prop_assert!(header.material().all(|(_, at, len)| at >= MATERIAL && len <= 256_512));
             }
         }

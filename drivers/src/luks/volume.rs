@@ -254,7 +254,7 @@ fn describe(header: &Header, place: Place) -> Map<String, Value> {
     put("detached-header", json!(place == Place::Detached));
     put("payload-offset", json!(header.payload_offset()));
     put("master-key-iters", json!(header.digest_iterations));
-    put("uuid", json!(header.uuid));
+    put("uuid", json!(header.uuid()));
     put("slots", json!(slots));
     info
 }
