@@ -18,7 +18,7 @@ use std::time::Instant;
 use clap::{Parser, ValueEnum};
 
 use mutate::Random;
-use targets::{CheckTarget, HeaderTarget, TablesTarget, Target};
+use targets::{CheckTarget, HeaderTarget, LuksTarget, TablesTarget, Target};
 
 #[global_allocator]
 static ALLOCATOR: memory::Counting = memory::Counting;
@@ -28,6 +28,7 @@ enum Name {
     Qcow2Header,
     Qcow2Tables,
     Qcow2Check,
+    LuksHeader,
 }
 
 /// Fuzzes a parser in this process.
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         Name::Qcow2Header => Box::new(HeaderTarget::new(seeds)),
         Name::Qcow2Tables => Box::new(TablesTarget::new()),
         Name::Qcow2Check => Box::new(CheckTarget::new(seeds)),
+        Name::LuksHeader => Box::new(LuksTarget::new()),
     };
     let (first, last) = match arguments.only {
         Some(n) => (n, n + 1),

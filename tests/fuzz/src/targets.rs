@@ -3,6 +3,7 @@
 //! A target answers an error text when an invariant is broken; panics are caught by `main`. Targets write nothing and
 //! open nothing.
 
+use drivers::image::luks::header as luks;
 use drivers::image::qcow2::check::{self, Limits, Memory, check_memory};
 use drivers::image::qcow2::codec;
 use drivers::image::qcow2::format::bitmap::{self, TableEntry};
@@ -126,7 +127,7 @@ impl TablesTarget {
                 name: format!("bitmap {n}").into_bytes(),
             })
             .collect();
-        let plain: Vec<u8> = (0..4096u32).map(|i| (i * i >> 7) as u8).collect();
+        let plain: Vec<u8> = (0..4096u32).map(|i| ((i * i) >> 7) as u8).collect();
         let streams = [Compression::Deflate, Compression::Zstd]
             .into_iter()
             .filter_map(|kind| codec::compress(kind, &plain).map(|c| (kind, c)))
@@ -332,4 +333,101 @@ impl CheckTarget {
         }
         Ok(())
     }
+}
+
+/// `luks-header`: the header of an encrypted image.
+pub struct LuksTarget {
+    seed: Vec<u8>,
+}
+
+impl LuksTarget {
+    /// With a good header of our own making.
+    pub fn new() -> LuksTarget {
+        let mut seed = vec![0; luks::HEADER_LEN];
+        let mut put = |at: usize, bytes: &[u8]| {
+            if let Some(to) = seed.get_mut(at..at + bytes.len()) {
+                to.copy_from_slice(bytes);
+            }
+        };
+        put(0, &luks::MAGIC);
+        put(6, &1u16.to_be_bytes());
+        for (at, name) in [(8, "aes"), (40, "xts-plain64"), (72, "sha256"), (168, "1b4e28ba-2fa1-41d2")] {
+            put(at, name.as_bytes());
+        }
+        for (at, number) in [(104, 4040u32), (108, 64), (164, 1000)] {
+            put(at, &number.to_be_bytes());
+        }
+        for slot in 0..8u32 {
+            let at = 208 + 48 * slot as usize;
+            put(at, &if slot == 0 { 0x00AC_71F3u32 } else { 0x0000_DEAD }.to_be_bytes());
+            put(at + 4, &1000u32.to_be_bytes());
+            put(at + 40, &(8 + 504 * slot).to_be_bytes());
+            put(at + 44, &4000u32.to_be_bytes());
+        }
+        LuksTarget { seed }
+    }
+}
+
+impl Target for LuksTarget {
+    fn run(&mut self, r: &mut Random) -> (Option<Vec<u8>>, Verdict) {
+        /// What else the names may be, so that mutations get past them.
+        const NAMES: [(usize, &str); 10] = [
+            (8, "serpent"),
+            (8, "twofish"),
+            (8, "cast5"),
+            (40, "cbc-essiv:sha256"),
+            (40, "cbc-plain"),
+            (40, "ecb-plain64"),
+            (40, "xts-plain64:nothing"),
+            (40, "cbc-essiv:md5"),
+            (72, "sha1"),
+            (72, "ripemd160"),
+        ];
+        let mut bytes = self.seed.clone();
+        for _ in 0..r.below(3) {
+            let Some((at, name)) = NAMES.get(r.below(NAMES.len())) else { continue };
+            if let Some(field) = bytes.get_mut(*at..*at + 32) {
+                field.fill(0);
+                field.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from);
+            }
+        }
+        if r.below(2) == 0 {
+            let len = [16u32, 24, 32, 48, 64].get(r.below(5)).copied().unwrap_or(16);
+            if let Some(field) = bytes.get_mut(108..112) {
+                field.copy_from_slice(&len.to_be_bytes());
+            }
+        }
+        if r.below(8) != 0 {
+            mutate(&mut bytes, luks::HEADER_LEN, r);
+        }
+        bytes.resize(luks::HEADER_LEN, 0);
+        let verdict = match bytes.first_chunk() {
+            Some(raw) => [luks::Place::Attached, luks::Place::Detached]
+                .into_iter()
+                .try_for_each(|place| luks_header(raw, place)),
+            None => Err("a header of another length".to_owned()),
+        };
+        (None, verdict)
+    }
+
+    fn memory(&self) -> usize {
+        64 << 10
+    }
+}
+
+fn luks_header(raw: &[u8; luks::HEADER_LEN], place: luks::Place) -> Verdict {
+    let h = match luks::Header::parse(raw, place) {
+        Ok(h) => h,
+        Err(e) => return ensure(!e.to_string().is_empty(), || "an error without words".into()),
+    };
+    let material: Vec<(u64, u64)> = h.material().map(|(_, at, len)| (at, at + len as u64)).collect();
+    for (i, (start, end)) in material.iter().enumerate() {
+        ensure(*start >= 4096 && end - start <= 256_512, || format!("material at {start}..{end}"))?;
+        let inside = place == luks::Place::Detached || *end <= h.payload_offset();
+        ensure(inside, || format!("material {start}..{end} over the data at {}", h.payload_offset()))?;
+        let alone = material.iter().skip(i + 1).all(|(s, e)| s >= end || start >= e);
+        ensure(alone, || format!("two slots at {start}..{end}"))?;
+    }
+    let again = luks::Header::parse(&h.serialise(), place).map_err(|e| format!("our own is refused: {e}"))?;
+    ensure(again == h, || format!("{h:?}\nbecame\n{again:?}"))
 }
