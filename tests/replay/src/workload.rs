@@ -46,6 +46,9 @@ impl Default for Load {
 /// The first sector of the flush that closing is.
 pub const CLOSING: u64 = u64::MAX;
 
+/// The first sector of the flush that the creation of a snapshot is as well.
+pub const SNAPSHOT: u64 = u64::MAX - 1;
+
 /// What happened.
 pub struct Run {
     /// On the disk.
@@ -278,7 +281,7 @@ impl Worker {
             let request = NewSnapshot { name: new.name.clone(), date_sec: 1, ..NewSnapshot::default() };
             self.history.borrow_mut().snapshots.push(new);
             // What was acknowledged before is part of the snapshot, and durable with it.
-            let flush = self.history.borrow_mut().begin(at, What::Flush, 0, 0);
+            let flush = self.history.borrow_mut().begin(at, What::Flush, SNAPSHOT, 0);
             driver.snapshot_create(io, request).await.map_err(|e| format!("snapshot_create: {e}"))?;
             let now = self.disk.tick();
             self.history.borrow_mut().end(flush, now);

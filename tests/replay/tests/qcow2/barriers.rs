@@ -1,7 +1,7 @@
 //! Does the harness bite? With any one kind of barrier declared void it must find a violation.
 //!
 //! A kind: the how-manieth of how many barriers of one flush of the guest's, on which file; or one outside of any flush.
-//! Those of closing are left out: nobody is told anything there, and nothing follows.
+//! Those of closing are left out: nobody is told anything there, and nothing follows. Those of snapshots count as outside.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use ringblk_replay::disk::{Change, Entry};
 use ringblk_replay::judge::{Judge, Rigour};
 use ringblk_replay::oracle::What;
 use ringblk_replay::states::Plan;
-use ringblk_replay::workload::{self, CLOSING, Load, Run};
+use ringblk_replay::workload::{self, CLOSING, Load, Run, SNAPSHOT};
 
 /// Place of a barrier: the file, its number among the barriers of one flush, and how many those are. (0, 0): outside of any.
 type Kind = (usize, usize, usize);
@@ -22,7 +22,7 @@ fn kinds(run: &Run) -> BTreeMap<usize, Kind> {
     let barriers: Vec<_> = run.log.entries.iter().enumerate().filter_map(flush).collect();
     let mut closing = Vec::new();
     for event in run.history.events.iter().filter(|e| matches!(e.what, What::Flush)) {
-        let Some(ack) = event.ack else { continue };
+        let Some(ack) = event.ack.filter(|_| event.first != SNAPSHOT) else { continue };
         if event.first == CLOSING {
             closing.push(event.start..ack);
             continue;
@@ -71,7 +71,7 @@ fn every_kind_is_needed(name: &str, spared: &[Kind]) {
                 *found = judge.all(&run, Plan::default(), seed, &void).err();
             }
         }
-        if seed > 6 && seen.values().all(Option::is_some) {
+        if seed > 3 && seen.values().all(Option::is_some) {
             break;
         }
     }
@@ -95,7 +95,8 @@ fn filled_needs_every_barrier() {
 
 #[test]
 fn external_data_needs_every_barrier() {
-    every_kind_is_needed("external data", &[]);
+    // With nothing to commit the image file has nothing the guest could miss.
+    every_kind_is_needed("external data", &[(0, 1, 1)]);
 }
 
 #[test]

@@ -15,7 +15,7 @@ fn each_operation_fails(name: &str) {
     let Some(subject) = super::subject(name) else { return };
     let plan = Plan { exhaustive: 3, random: 4, torn: 1, each: 4 };
     let mut states = 0;
-    for seed in 1..3 {
+    for seed in 1..=super::number("RINGBLK_STATES", 1) {
         let load = Load { seed, steps: 8, together: 3, flush: 4, sessions: 2, lone: false };
         let mut nth = 0;
         loop {
@@ -40,7 +40,7 @@ fn each_operation_fails(name: &str) {
                 panic!("{e}\nafter operation {nth}, {struck}, failed with {errno} ({:?})", run.failure)
             });
             states += judge.tally.states;
-            nth += 1 + nth / 40;
+            nth += 1 + nth / 20;
         }
         eprintln!("{name}, seed {seed}: {nth} operations, {states} states");
         assert!(nth > 20);
