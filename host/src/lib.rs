@@ -26,6 +26,7 @@ pub mod mailbox;
 pub mod pool;
 mod primitive;
 mod reactor;
+mod resident;
 pub mod sim;
 pub mod sync;
 mod timer;
@@ -35,6 +36,7 @@ pub use file::{Alignment, File, FileKind, OpenOptions};
 pub use iothread::{
     FallocMode, FastOp, Gone, IoThread, IoThreadOptions, Local, PollParams, Source, SourceId,
 };
+pub use resident::forget_program_pages;
 
 /// How the operations of an iothread or of one file reach the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -79,6 +79,8 @@ fn serve(
         apply(&step, daemon, table, channel, &mut chardevs).map_err(|e| step.error(e).to_string())?;
     }
     daemon.started();
+    // Thousands of processes: none keeps what only its start needed.
+    host::forget_program_pages();
     let text = |e: event_manager::Error| format!("the main loop cannot be set up: {e}");
     let mut manager: EventManager<Subscriber> = EventManager::new().map_err(text)?;
     manager.add_subscriber(Box::new(Service::new(daemon.clone(), signals)));
