@@ -1,3 +1,4 @@
+//! Tests of the command line.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::Path;

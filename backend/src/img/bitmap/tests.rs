@@ -1,3 +1,4 @@
+//! Tests of bitmap.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use clap::CommandFactory;

@@ -1,3 +1,4 @@
+//! Tests of compare.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use host::IoVecs;

@@ -1,3 +1,4 @@
+//! Tests of probe.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::of;

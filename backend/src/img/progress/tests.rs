@@ -1,3 +1,4 @@
+//! Tests of progress.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::share;

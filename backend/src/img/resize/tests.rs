@@ -1,3 +1,4 @@
+//! Tests of resize.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::Wanted;

@@ -1,3 +1,4 @@
+//! Tests of size.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::{human, parse};

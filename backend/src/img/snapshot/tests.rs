@@ -1,3 +1,4 @@
+//! Tests of snapshot.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use graph::SnapshotInfo;

@@ -62,6 +62,7 @@ impl Health {
     }
 
     fn set(&self, state: u8, reason: &str) -> bool {
+        // Pairs with the Acquire loads of `is_fine` and `check`, and with the other exchanges.
         let first = self.state.compare_exchange(FINE, state, AcqRel, Acquire).is_ok();
         if first {
             *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = reason.to_owned();

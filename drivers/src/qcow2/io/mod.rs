@@ -180,6 +180,7 @@ impl Driver for Qcow2 {
 
     fn child_changed(&self, index: usize, child: Option<(&str, &Arc<Node>)>) {
         if Some(index) == self.backing {
+            // Pairs with the Acquire in `Qcow2::backing_size`.
             self.backing_size.store(child.map_or(NO_BACKING, |(_, node)| node.size()), Release);
         }
     }

@@ -49,7 +49,8 @@ fn bad_command_lines_are_refused_in_one_line_that_names_the_option() {
         ),
         (vec!["--object", "iothread"], vec!["--object", "'id'"]),
         (vec!["--object", "iothread,id=0"], vec!["--object", "'id' expects an identifier"]),
-        (vec!["--object", "secret,id=s"], vec!["--object s", "'secret'"]),
+        (vec!["--object", "secret,id=s"], vec!["--object s", "'data'"]),
+        (vec!["--object", "tls-creds-psk,id=s"], vec!["--object s", "'tls-creds-psk'"]),
         (vec!["--object", "iothread,id=t,poll-max-ns=-1"], vec!["--object t", "poll-max-ns", "range"]),
         (vec!["--object", "iothread,id=t", "--object", "iothread,id=t"], vec!["--object t", "duplicate"]),
         (vec!["--monitor", "c"], vec!["--monitor", "\"c\" not found", "--chardev"]),
@@ -121,7 +122,7 @@ fn help_and_version_go_to_stdout() {
         (vec!["--blockdev", "driver=file,help"], vec!["filename", "(required)"]),
         (vec!["--export", "help"], vec!["vhost-user-blk"]),
         (vec!["--export", "vhost-user-blk,help"], vec!["num-queues", "iothread-vq-mapping", "writethrough"]),
-        (vec!["--object", "help"], vec!["iothread"]),
+        (vec!["--object", "help"], vec!["iothread", "secret"]),
         (vec!["--object", "iothread,help"], vec!["poll-max-ns"]),
         (vec!["--chardev", "help"], vec!["socket"]),
         (vec!["--trace", "help"], vec!["ringblk"]),
@@ -137,7 +138,7 @@ fn help_and_version_go_to_stdout() {
         }
         assert!(said.ends_with('\n') && !said.contains("::\n"), "{args:?}: {said}");
     }
-    for args in [["--blockdev", "nope,help"], ["--export", "nbd,help"], ["--object", "secret,help"]] {
+    for args in [["--blockdev", "nope,help"], ["--export", "nbd,help"], ["--object", "tls-creds-psk,help"]] {
         let line = refused(&args);
         assert!(line.contains(args[0]) && line.contains("help"), "{line}");
     }
