@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
 use crate::driver::BoxFut;
+use crate::node::Node;
 use crate::view::View;
 
 /// Where requests come from: an export, a job. Main thread; its iothreads hear of it by messages.
@@ -223,6 +224,8 @@ impl DrainState {
 #[must_use = "requests resume when the guard is dropped"]
 pub struct DrainGuard {
     state: Rc<DrainState>,
+    /// Nodes that were told of it (`Driver::drain_begin`). Nodes that come into the graph later have no request held back.
+    told: Vec<Arc<Node>>,
     /// The graph's list of running drains, to leave it.
     list: std::rc::Weak<RefCell<Vec<Rc<DrainState>>>>,
 }
@@ -232,15 +235,21 @@ impl DrainGuard {
     pub(crate) fn start(
         targets: Vec<crate::ids::NodeId>,
         roots: Vec<Rc<crate::edge::RootInfo>>,
+        nodes: Vec<Arc<Node>>,
         list: &Rc<RefCell<Vec<Rc<DrainState>>>>,
     ) -> DrainGuard {
         let state = Rc::new(DrainState { targets: RefCell::new(targets), held: RefCell::new(Vec::new()) });
         list.borrow_mut().push(Rc::clone(&state));
-        let guard = DrainGuard { state, list: Rc::downgrade(list) };
+        let mut guard = DrainGuard { state, told: Vec::new(), list: Rc::downgrade(list) };
         for root in roots {
             // Counted first: should `quiesce` panic, the guard still leaves what it entered.
             guard.state.held.borrow_mut().push(Rc::clone(&root));
             root.gate.enter();
+        }
+        // After the sources: what is let go now is not followed by more of it.
+        for node in nodes {
+            node.driver().drain_begin();
+            guard.told.push(node);
         }
         guard
     }
@@ -273,6 +282,7 @@ impl Drop for DrainGuard {
         if let Some(list) = self.list.upgrade() {
             list.borrow_mut().retain(|d| !Rc::ptr_eq(d, &self.state));
         }
+        self.told.drain(..).for_each(|n| n.driver().drain_end());
         let held = std::mem::take(&mut *self.state.held.borrow_mut());
         held.iter().for_each(|r| r.gate.leave());
     }

@@ -100,7 +100,7 @@ fn run_schedule(programs: &[&[usize]], sources: usize, drops: usize, choose: &mu
             let fakes: Vec<_> = set.iter().map(|i| Rc::clone(&fakes[*i])).collect();
             let list = Rc::clone(&list);
             let future = async move {
-                let guard = DrainGuard::start(Vec::new(), roots, &list);
+                let guard = DrainGuard::start(Vec::new(), roots, Vec::new(), &list);
                 guard.quiet().await;
                 assert!(fakes.iter().all(|f| f.quiet()), "not quiet after the drain");
                 pause().await;

@@ -11,11 +11,13 @@ use host::{File, IoVecs};
 use serde_json::Value;
 
 use crate::create::CreateDef;
+use crate::debug::DebugEvent;
 use crate::error::{BlockError, Errno, Result};
 use crate::image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
 use crate::io::NodeIo;
 use crate::node::Node;
 use crate::perm::Perm;
+use crate::reopen::{Reopen, ReopenContext};
 use crate::role::Roles;
 
 pub use crate::control::open::{OpenContext, Opened};
@@ -479,6 +481,50 @@ pub trait Driver: Send + Sync + 'static {
     fn remove_stored_bitmap<'a>(&'a self, _io: &'a NodeIo, _name: String) -> BoxFut<'a, ()> {
         not_supported()
     }
+
+    /// Whether one more child may be attached, and what it will be: its name on the edge (a new one, or one whose slot is
+    /// empty) and its roles. [`Driver::child_changed`] follows when it is there. Main thread.
+    ///
+    /// # Errors
+    /// The default: this driver takes no further children.
+    fn add_child(&self) -> Result<(String, Roles)> {
+        Err(BlockError::unsupported("The node does not support adding a child"))
+    }
+
+    /// Whether this child may be taken away; [`Driver::child_changed`] with `None` follows when it is gone. Main thread.
+    ///
+    /// # Errors
+    /// The default: this driver needs all of its children.
+    fn remove_child(&self, _child: usize) -> Result<()> {
+        Err(BlockError::unsupported("The node does not support removing a child"))
+    }
+
+    /// Names of the members of this driver's options that are references to children that `blockdev-reopen` may let lead
+    /// elsewhere; the graph carries that out, and they are not in what [`Driver::reopen`] gets.
+    fn replaceable_children(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Main thread, drained, prepare: gets ready to run with these options of its own (all of them: what is absent returns
+    /// to its default) and with `cx.after()`; may do I/O. Nothing has changed for users yet. An option that cannot change is
+    /// refused: `Cannot change the option 'x'`.
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, _own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(std::future::ready(Err(BlockError::unsupported(format!(
+            "Block format '{}' used by node '{}' does not support reopening files",
+            cx.driver_name(),
+            cx.node_name(),
+        )))))
+    }
+
+    /// A drain above this node begins: requests that the driver holds back of its own accord (a throttle) must go now, or
+    /// the drain waits for them. Main thread; nests, each call has its [`Driver::drain_end`].
+    fn drain_begin(&self) {}
+
+    /// A drain above this node has ended.
+    fn drain_end(&self) {}
+
+    /// The parent passes this point; only `blkdebug` listens. Any thread.
+    fn debug_event(&self, _event: DebugEvent) {}
 
     /// For the queries. Main thread; must not wait for the disk longer than a `stat` does.
     fn info(&self) -> DriverInfo {

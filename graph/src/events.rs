@@ -1,4 +1,4 @@
-//! News from nodes for whoever operates the process: today that an image was found damaged.
+//! News from nodes for whoever operates the process: an image was found damaged, children of a quorum disagree.
 //!
 //! Drivers tell them on any thread ([`NodeEvents`]); the process says once where they go ([`Graph::set_event_sink`]) and
 //! brings them to its control channel. Must not wait: the sink only hands over.
@@ -24,6 +24,39 @@ pub enum GraphEvent {
         /// The image takes no writes any more.
         fatal: bool,
     },
+    /// Too few children of a quorum agree: `QUORUM_FAILURE`.
+    QuorumFailure {
+        /// The node: QEMU names the device, or the node without one.
+        reference: String,
+        /// First sector of 512 bytes of the request.
+        sector_num: u64,
+        /// How many.
+        sectors_count: u64,
+    },
+    /// A child of a quorum failed or said something else than the majority: `QUORUM_REPORT_BAD`.
+    QuorumReportBad {
+        /// What the request did.
+        op: QuorumOp,
+        /// The child's error; absent where it was its data that differed.
+        error: Option<String>,
+        /// The child.
+        node_name: String,
+        /// First sector of 512 bytes of the request.
+        sector_num: u64,
+        /// How many.
+        sectors_count: u64,
+    },
+}
+
+/// What a request to a quorum did; QEMU's `QuorumOpType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuorumOp {
+    /// Read.
+    Read,
+    /// Wrote, zeroed or discarded.
+    Write,
+    /// Flushed.
+    Flush,
 }
 
 /// Takes news on any thread.
@@ -67,6 +100,33 @@ impl NodeEvents {
         let node_name = self.node_name.clone();
         self.hub.tell(GraphEvent::ImageCorrupted { node_name, msg: msg.to_owned(), offset, size, fatal });
     }
+
+    /// Too few children agree on this range, bytes.
+    pub fn quorum_failure(&self, offset: u64, len: u64) {
+        let (sector_num, sectors_count) = sectors(offset, len);
+        let reference = self.node_name.clone();
+        self.hub.tell(GraphEvent::QuorumFailure { reference, sector_num, sectors_count });
+    }
+
+    /// The child `node_name` failed (`error`) or differs on this range, bytes.
+    pub fn quorum_report_bad(
+        &self,
+        op: QuorumOp,
+        error: Option<String>,
+        node_name: &str,
+        offset: u64,
+        len: u64,
+    ) {
+        let (sector_num, sectors_count) = sectors(offset, len);
+        let node_name = node_name.to_owned();
+        self.hub.tell(GraphEvent::QuorumReportBad { op, error, node_name, sector_num, sectors_count });
+    }
+}
+
+/// A range in whole sectors of 512 bytes.
+fn sectors(offset: u64, len: u64) -> (u64, u64) {
+    let first = offset / 512;
+    (first, offset.saturating_add(len).div_ceil(512) - first)
 }
 
 impl std::fmt::Debug for NodeEvents {

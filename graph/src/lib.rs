@@ -18,7 +18,7 @@
 //! splitting, zero detection, statistics.
 //!
 //! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`,
-//! `pins::Pins::claims`,
+//! `pins::Pins::claims`, `node::Node::options`,
 //! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::list` (and in it `bitmap::Bitmap::bits`).
 
 #![forbid(unsafe_code)]
@@ -26,6 +26,7 @@
 pub mod bitmap;
 mod control;
 mod create;
+mod debug;
 mod drain;
 mod driver;
 mod edge;
@@ -36,9 +37,11 @@ mod ids;
 mod image;
 mod io;
 mod node;
+mod objects;
 pub mod options;
 pub mod perm;
 mod pins;
+mod reopen;
 mod role;
 mod secret;
 pub mod stats;
@@ -51,6 +54,7 @@ pub use control::query;
 pub use control::snapshots::SnapshotQuery;
 pub use control::{Change, FreezeGuard, Graph, IoThreadSource, MAX_NODES, Root};
 pub use create::{CreateContext, CreateDef, JobControl};
+pub use debug::DebugEvent;
 pub use drain::{DrainGuard, NoSource, RequestSource};
 pub use driver::{
     BlockStatus, BoxFut, Driver, DriverDef, DriverInfo, DriverKind, Limits, Location, Map, Op, OpenContext,
@@ -59,16 +63,18 @@ pub use driver::{
 pub use edge::RootOptions;
 pub use epoch::{Epochs, Stay, Stays, Ticket};
 pub use error::{BlockError, Errno, ErrorKind, Result};
-pub use events::{EventSink, GraphEvent, NodeEvents};
+pub use events::{EventSink, GraphEvent, NodeEvents, QuorumOp};
 pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};
 pub use image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
 pub use io::{ChainStatus, NodeIo};
 pub use node::Node;
+pub use objects::Objects;
 pub use options::{
     BlockdevRef, CommonOptions, DetectZeroes, DiscardOption, NodeOptions, Purpose, parse_options,
 };
 pub use perm::{Perm, PermPair, default_child_perm};
 pub use pins::{Pin, Pins};
+pub use reopen::{Reopen, ReopenContext};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};
 pub use stats::ShardSet;

@@ -1,11 +1,12 @@
 //! A node: a driver under a name, with what the graph keeps for it on every thread.
 //!
-//! Shared by the control side and all iothreads; immutable but for its atomics. Its place in the graph (parents, children,
+//! Shared by the control side and all iothreads; immutable but for its atomics and for its options, which
+//! change in drained sections. Its place in the graph (parents, children,
 //! permissions) is the control side's and is not here.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bitmap::BitmapSet;
 use crate::driver::{Driver, DriverKind};
@@ -24,7 +25,8 @@ pub struct Node {
     driver_name: &'static str,
     kind: DriverKind,
     driver: Arc<dyn Driver>,
-    options: NodeOptions,
+    /// Changes inside drained sections alone (`blockdev-reopen`); views keep a copy.
+    options: Mutex<NodeOptions>,
     tracker: Tracker,
     stats: NodeStats,
     bitmaps: Arc<BitmapSet>,
@@ -51,7 +53,7 @@ impl Node {
             driver_name,
             kind,
             driver,
-            options,
+            options: Mutex::new(options),
             tracker: Tracker::default(),
             stats: NodeStats::default(),
             bitmaps,
@@ -87,8 +89,14 @@ impl Node {
     }
 
     /// The options it runs with.
-    pub fn options(&self) -> &NodeOptions {
-        &self.options
+    pub fn options(&self) -> NodeOptions {
+        *self.options.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other options, in a drained section: views made from now on see them.
+    #[allow(dead_code, reason = "the reopening of nodes is its caller")]
+    pub(crate) fn set_options(&self, options: NodeOptions) -> NodeOptions {
+        std::mem::replace(&mut *self.options.lock().unwrap_or_else(PoisonError::into_inner), options)
     }
 
     /// Its size as of now, bytes.

@@ -13,7 +13,7 @@ use crate::driver::{Driver, Limits, Map, Op};
 use crate::error::Errno;
 use crate::io::NodeIo;
 use crate::node::Node;
-use crate::options::{DetectZeroes, DiscardOption};
+use crate::options::{DetectZeroes, DiscardOption, NodeOptions};
 use crate::stats::ShardSet;
 
 /// Longest way [`View::resolve`] follows; a longer one is driven.
@@ -113,6 +113,7 @@ pub struct ViewNode {
     refuse: u8,
     ignore: u8,
     limits: Limits,
+    options: NodeOptions,
     children: Box<[u32]>,
     node: Arc<Node>,
 }
@@ -120,7 +121,7 @@ pub struct ViewNode {
 impl ViewNode {
     /// `may_misalign`: some user sends this node requests below its alignment (see `io::tracked`).
     pub(crate) fn new(node: Arc<Node>, children: Box<[u32]>, may_misalign: bool) -> ViewNode {
-        let options = *node.options();
+        let options = node.options();
         let limits = node.driver().limits().sane();
         let modifying = Op::Write.bit() | Op::WriteZeroes.bit() | Op::Discard.bit();
         let refuse = if options.read_only { modifying } else { 0 };
@@ -156,6 +157,7 @@ impl ViewNode {
             refuse,
             ignore,
             limits,
+            options,
             children,
             node,
         }
@@ -179,6 +181,11 @@ impl ViewNode {
             _ => self.children.get(child).copied().unwrap_or(NO_CHILD),
         };
         (index != NO_CHILD).then_some(index as usize)
+    }
+
+    /// The options the node runs with as long as this view is in use.
+    pub fn options(&self) -> &NodeOptions {
+        &self.options
     }
 
     /// Child slots, empty ones included.
@@ -234,7 +241,7 @@ impl View {
 
     /// Whether the root refuses writes.
     pub fn read_only(&self) -> bool {
-        self.nodes[0].node.options().read_only
+        self.nodes[0].options.read_only
     }
 
     /// Limits of the root together with everything below. A source that uses the fast path looks after

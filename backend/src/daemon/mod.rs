@@ -14,11 +14,14 @@ pub mod start;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use graph::{Graph, GraphEvent, Registry};
+use graph::{Graph, GraphEvent, QuorumOp, Registry};
 use host::exec::{MainExecutor, MainRemote};
 use host::{IoThread, IoThreadOptions};
 use qmp::QmpError;
-use qmp::event::{BlockErrorAction, BlockExportDeleted, BlockImageCorrupted, BlockIoError, IoOperationType};
+use qmp::event::{
+    BlockErrorAction, BlockExportDeleted, BlockImageCorrupted, BlockIoError, IoOperationType, QuorumFailure,
+    QuorumOpType, QuorumReportBad,
+};
 
 use crate::blk::device::{ErrorSink, IoErrorReport};
 use crate::export::options::{ExportOptions, RemoveMode};
@@ -339,6 +342,11 @@ impl Host for Daemon {
     }
 }
 
+/// A count as the wire has it.
+fn clamped(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
 impl Daemon {
     fn graph_event(&self, event: GraphEvent) {
         let bytes = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok());
@@ -348,6 +356,19 @@ impl Daemon {
                 let (offset, size) = (bytes(offset), bytes(size));
                 let device = String::new();
                 self.events.emit(&BlockImageCorrupted { device, node_name, msg, offset, size, fatal });
+            }
+            GraphEvent::QuorumFailure { reference, sector_num, sectors_count } => {
+                let (sector_num, sectors_count) = (clamped(sector_num), clamped(sectors_count));
+                self.events.emit(&QuorumFailure { reference, sector_num, sectors_count });
+            }
+            GraphEvent::QuorumReportBad { op, error, node_name, sector_num, sectors_count } => {
+                let kind = match op {
+                    QuorumOp::Read => QuorumOpType::Read,
+                    QuorumOp::Write => QuorumOpType::Write,
+                    QuorumOp::Flush => QuorumOpType::Flush,
+                };
+                let (sector_num, sectors_count) = (clamped(sector_num), clamped(sectors_count));
+                self.events.emit(&QuorumReportBad { kind, error, node_name, sector_num, sectors_count });
             }
             other => log::warn!("{other:?}"),
         }

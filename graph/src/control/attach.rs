@@ -187,7 +187,9 @@ impl Root {
     /// Stops this user's requests alone and waits for those in flight; they resume when the guard is dropped.
     pub async fn quiesce(&self) -> crate::drain::DrainGuard {
         let roots = vec![Rc::clone(&self.info)];
-        let guard = crate::drain::DrainGuard::start(Vec::new(), roots, &self.graph.inner.drains);
+        let nodes = self.graph.state().below_roots(&roots);
+        let drains = &self.graph.inner.drains;
+        let guard = crate::drain::DrainGuard::start(Vec::new(), roots, nodes, drains);
         guard.quiet().await;
         guard
     }

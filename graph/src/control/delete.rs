@@ -90,6 +90,7 @@ impl Graph {
         }
         let slot = state.nodes.remove(&id);
         if let Some(slot) = &slot {
+            super::freeze::thaw(&mut state, &slot.freezes);
             state.names.remove(slot.node.name());
         }
         let orphans = children.into_iter().map(|(_, c)| c).filter(|c| is_orphan(&state, *c)).collect();

@@ -2,10 +2,9 @@
 //!
 //! Called by jobs and by drivers that rely on the chain below them. Everything else about the nodes stays allowed.
 
-use super::{Graph, no_such_node};
-use crate::error::{BlockError, Errno, Result};
-use crate::ids::{EdgeId, NodeId};
-use crate::role::Roles;
+use super::{Graph, State, no_such_node};
+use crate::error::{BlockError, Result};
+use crate::ids::EdgeId;
 
 /// Keeps edges frozen until it is dropped. Freezing counts: several guards may hold the same edge.
 #[must_use = "the edges thaw when the guard is dropped"]
@@ -37,42 +36,38 @@ impl Graph {
         let edges = {
             let state = self.state();
             let base_id = state.find(base).ok_or_else(|| no_such_node(base))?;
-            let mut at: NodeId = state.find(top).ok_or_else(|| no_such_node(top))?;
-            let mut edges = Vec::new();
-            while at != base_id {
-                let next = state.children(at).find(|(_, e)| e.roles.intersects(Roles::FILTERED | Roles::COW));
-                let Some((_, edge)) = next else {
-                    return Err(BlockError::new(
-                        Errno::EINVAL,
-                        format!("'{base}' is not in the backing chain of '{top}'"),
-                    ));
-                };
-                edges.push(edge.id);
-                at = edge.child;
-            }
-            edges
+            let top_id = state.find(top).ok_or_else(|| no_such_node(top))?;
+            state.chain(top_id, base_id)?
         };
         Ok(self.freeze_edges(edges))
     }
 
     fn freeze_edges(&self, edges: Vec<EdgeId>) -> FreezeGuard {
-        let mut state = self.state_mut();
-        for id in &edges {
-            if let Some(edge) = state.edges.get_mut(id) {
-                edge.frozen += 1;
-            }
-        }
+        freeze(&mut self.state_mut(), &edges);
         FreezeGuard { graph: self.clone(), edges }
     }
 }
 
 impl Drop for FreezeGuard {
     fn drop(&mut self) {
-        let mut state = self.graph.state_mut();
-        for id in &self.edges {
-            if let Some(edge) = state.edges.get_mut(id) {
-                edge.frozen = edge.frozen.saturating_sub(1);
-            }
+        thaw(&mut self.graph.state_mut(), &self.edges);
+    }
+}
+
+/// One more who relies on these edges.
+pub(super) fn freeze(state: &mut State, edges: &[EdgeId]) {
+    for id in edges {
+        if let Some(edge) = state.edges.get_mut(id) {
+            edge.frozen += 1;
+        }
+    }
+}
+
+/// One less.
+pub(super) fn thaw(state: &mut State, edges: &[EdgeId]) {
+    for id in edges {
+        if let Some(edge) = state.edges.get_mut(id) {
+            edge.frozen = edge.frozen.saturating_sub(1);
         }
     }
 }

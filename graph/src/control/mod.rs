@@ -30,6 +30,7 @@ use crate::error::{BlockError, Errno, Result};
 use crate::events::{EventHub, EventSink};
 use crate::ids::{EdgeId, NodeId};
 use crate::node::Node;
+use crate::objects::Objects;
 use crate::perm::PermPair;
 use crate::role::Roles;
 use crate::secret::Secrets;
@@ -56,6 +57,8 @@ pub(crate) struct Slot {
     pub(crate) closing: bool,
     /// What its driver holds for its users.
     pub(crate) held: PermPair,
+    /// Edges that its driver relies on: frozen as long as it lives.
+    pub(crate) freezes: Vec<EdgeId>,
 }
 
 /// The graph itself.
@@ -161,6 +164,31 @@ impl State {
         roots
     }
 
+    /// The nodes these roots' requests may be held back in.
+    pub(crate) fn below_roots(&self, roots: &[Rc<RootInfo>]) -> Vec<Arc<Node>> {
+        let is_one =
+            |e: &&Edge| matches!(&e.parent, Parent::Root(r) if roots.iter().any(|x| Rc::ptr_eq(x, r)));
+        let tops: Vec<NodeId> = self.edges.values().filter(is_one).map(|e| e.child).collect();
+        let below = self.topological(&tops);
+        below.iter().filter_map(|id| self.nodes.get(id)).map(|s| Arc::clone(&s.node)).collect()
+    }
+
+    /// The links of the backing chain from `top` down to `base`, filters included.
+    pub(crate) fn chain(&self, top: NodeId, base: NodeId) -> Result<Vec<EdgeId>> {
+        let mut at = top;
+        let mut edges = Vec::new();
+        while at != base {
+            let next = self.children(at).find(|(_, e)| e.roles.intersects(Roles::FILTERED | Roles::COW));
+            let Some((_, edge)) = next else {
+                let (top, base) = (self.name_of(top), self.name_of(base));
+                return Err(BlockError::invalid(format!("'{base}' is not in the backing chain of '{top}'")));
+            };
+            edges.push(edge.id);
+            at = edge.child;
+        }
+        Ok(edges)
+    }
+
     /// Whether `below` can be reached from `above`.
     pub(crate) fn reaches(&self, above: NodeId, below: NodeId) -> bool {
         self.topological(&[above]).contains(&below)
@@ -251,6 +279,7 @@ pub(crate) struct Inner {
     iothread_source: RefCell<Option<IoThreadSource>>,
     pub(crate) events: Arc<EventHub>,
     secrets: Secrets,
+    objects: Objects,
 }
 
 /// The graph: a handle for the main thread, cheap to clone.
@@ -272,6 +301,7 @@ impl Graph {
                 iothread_source: RefCell::default(),
                 events: Arc::default(),
                 secrets: Secrets::default(),
+                objects: Objects::default(),
             }),
         }
     }
@@ -295,6 +325,11 @@ impl Graph {
     /// The secrets drivers may ask for.
     pub fn secrets(&self) -> &Secrets {
         &self.inner.secrets
+    }
+
+    /// The objects drivers may ask for.
+    pub fn objects(&self) -> &Objects {
+        &self.inner.objects
     }
 
     /// The limits of a node together with those of everything below it: what a user of the node had better respect.
@@ -360,8 +395,12 @@ impl Graph {
     }
 
     pub(crate) async fn drain_nodes(&self, targets: Vec<NodeId>) -> DrainGuard {
-        let roots = self.state().roots_above(&targets);
-        let guard = DrainGuard::start(targets, roots, &self.inner.drains);
+        let (roots, nodes) = {
+            let state = self.state();
+            let roots = state.roots_above(&targets);
+            (roots.clone(), state.below_roots(&roots))
+        };
+        let guard = DrainGuard::start(targets, roots, nodes, &self.inner.drains);
         guard.quiet().await;
         guard
     }

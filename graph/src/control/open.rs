@@ -62,6 +62,8 @@ struct Opening {
     children: Vec<EdgeId>,
     bitmaps: Arc<BitmapSet>,
     epochs: Option<Arc<Epochs>>,
+    /// The node down to which the chain stays as it is.
+    bottom: Option<NodeId>,
 }
 
 impl Drop for Opening {
@@ -105,12 +107,39 @@ impl OpenContext {
         Arc::new(NodeEvents::new(self.name.clone(), hub))
     }
 
+    /// Keeps the links from the coming node down to `bottom` frozen as long as it lives: a driver that relies on the chain.
+    ///
+    /// # Errors
+    /// No such node, or it is not in the chain of the child opened first.
+    pub fn freeze_chain(&self, bottom: &str) -> Result<()> {
+        let mut opening = self.opening.borrow_mut();
+        let id = {
+            let state = opening.graph.state();
+            let id = state.find(bottom).ok_or_else(|| super::no_such_node(bottom))?;
+            let first = opening.children.first().and_then(|e| state.edges.get(e));
+            let first = first.ok_or_else(|| BlockError::invalid("This child has not been opened"))?;
+            state.chain(first.child, id)?;
+            id
+        };
+        opening.bottom = Some(id);
+        Ok(())
+    }
+
     /// The secret of that name.
     ///
     /// # Errors
     /// There is none.
     pub fn secret(&self, id: &str) -> Result<Secret> {
         self.opening.borrow().graph.secrets().get(id)
+    }
+
+    /// The shared object of that name and type.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn object<T: std::any::Any + Send + Sync>(&self, id: &str) -> Result<Arc<T>> {
+        let found = self.opening.borrow().graph.objects().get(id);
+        found.ok_or_else(|| BlockError::new(Errno::ENOENT, format!("'{id}' not found")))
     }
 
     /// The effective common options.
@@ -307,6 +336,7 @@ impl Graph {
                 children: Vec::new(),
                 bitmaps: Arc::default(),
                 epochs: None,
+                bottom: None,
             }));
             let context = OpenContext { opening: Rc::clone(&opening), name, options: effective };
             let opened = (def.open)(context, Value::Object(own)).await?;
@@ -353,6 +383,7 @@ impl Graph {
             visible: false,
             closing: false,
             held: PermPair::IDLE,
+            freezes: Vec::new(),
         };
         let mut tran = Transaction::new();
         state.nodes.insert(id, slot);
@@ -370,7 +401,12 @@ impl Graph {
         let mut touched: Vec<NodeId> = vec![id];
         touched.extend(moved.into_values());
         let result = perms::refresh(state, &mut tran, &touched);
-        tran.finish(state, result)?;
+        let result = result.and_then(|()| opening.bottom.map_or(Ok(Vec::new()), |b| state.chain(id, b)));
+        let freezes = tran.finish(state, result)?;
+        super::freeze::freeze(state, &freezes);
+        if let Some(slot) = state.nodes.get_mut(&id) {
+            slot.freezes = freezes;
+        }
         opening.children.clear();
         Ok(id)
     }

@@ -364,9 +364,9 @@ fn options_are_inherited_by_inline_children_alone() {
         json!({"driver": "format", "node-name": "top", "cache": {"direct": true}, "file": file, "backing": backing}),
     )
     .unwrap();
-    let f = *g.node("f").unwrap().options();
+    let f = g.node("f").unwrap().options();
     assert!(f.direct && !f.read_only && f.discard == DiscardOption::Unmap);
-    let b = *g.node("b").unwrap().options();
+    let b = g.node("b").unwrap().options();
     assert!(b.direct && b.read_only);
     assert!(!g.node("own").unwrap().options().direct);
 }

@@ -112,6 +112,13 @@ impl NodeIo {
         self.view_node().map(ViewNode::node)
     }
 
+    /// Tells this node that its parent passes a point; only `blkdebug` listens.
+    pub fn debug_event(&self, event: crate::debug::DebugEvent) {
+        if let Ok(node) = self.node() {
+            node.driver().debug_event(event);
+        }
+    }
+
     /// Its size as of now, bytes; 0 for a child that does not exist.
     pub fn size(&self) -> u64 {
         self.view_node().map_or(0, |n| n.node().size())

@@ -146,7 +146,7 @@ impl NodeIo {
     pub async fn truncate(&self, size: u64, how: Truncate) -> Result<()> {
         let _stay = self.stay();
         let node = self.view_node()?;
-        if node.node().options().read_only {
+        if node.options().read_only {
             return Err(Errno::EPERM.into());
         }
         if size > i64::MAX as u64 {

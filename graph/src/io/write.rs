@@ -35,7 +35,7 @@ impl NodeIo {
         let misaligned = !(offset | len).is_multiple_of(align);
         let serialising = misaligned || flags.contains(WriteFlags::SERIALISING);
         let _token = self.track(node, offset, len, serialising).await;
-        let detect = node.node().options().detect_zeroes;
+        let detect = node.options().detect_zeroes;
         if detect != DetectZeroes::Off && bufs.is_zero() {
             let mut zero = ZeroFlags::NO_FALLBACK;
             zero.set(ZeroFlags::FUA, flags.contains(WriteFlags::FUA));

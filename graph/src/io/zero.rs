@@ -58,7 +58,7 @@ impl NodeIo {
         let limits = *node.limits();
         let driver = node.node().driver();
         let mut flags = flags;
-        if node.node().options().discard == DiscardOption::Ignore {
+        if node.options().discard == DiscardOption::Ignore {
             flags.remove(ZeroFlags::MAY_UNMAP);
         }
         let flush_after = flags.contains(ZeroFlags::FUA) && !driver.supports_fua();

@@ -366,8 +366,21 @@ impl<S: Clone + 'static> CommandTable<S> {
     /// # Errors
     /// As there.
     pub fn option_arguments(&self, name: &str, text: &str, implied: &str) -> Result<Value, QmpError> {
-        let (schema, ty) = self.get(name)?.args();
-        options::parse_as(schema, ty, text, &Dialect::implied(implied))
+        let command = self.get(name)?;
+        let dialect = Dialect::implied(implied);
+        if command.own.get().is_none() {
+            let mut builder = SchemaBuilder::about(text);
+            let ty = (command.decl.args)(&mut builder);
+            // Of the whole type nothing more is wanted on a command line that has no mistakes.
+            if !builder.is_narrowed() {
+                // Nobody else sets it: one thread, and no call in between.
+                let _ = command.own.set((builder.finish(), ty));
+            } else if let Ok(value) = options::parse_as(&builder.finish(), ty, text, &dialect) {
+                return Ok(value);
+            }
+        }
+        let (schema, ty) = command.args();
+        options::parse_as(schema, ty, text, &dialect)
     }
 
     fn get(&self, name: &str) -> Result<&Command<S>, QmpError> {

@@ -242,6 +242,68 @@ impl Event for BlockImageCorrupted {
     const DOC: &'static str = "Sent when an image contradicts itself.";
 }
 
+/// What a request to a quorum did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum QuorumOpType {
+    /// Read.
+    Read,
+    /// Wrote, zeroed or discarded.
+    Write,
+    /// Flushed.
+    Flush,
+}
+
+/// `QUORUM_FAILURE`: too few children of a quorum agree.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct QuorumFailure {
+    /// The node.
+    pub reference: String,
+    /// First sector of 512 bytes of the request.
+    pub sector_num: i64,
+    /// How many sectors it has.
+    pub sectors_count: i64,
+}
+
+impl Event for QuorumFailure {
+    const NAME: &'static str = "QUORUM_FAILURE";
+    const DOC: &'static str = "Sent when the children of a quorum that agree are fewer than its vote threshold; at most once a second.";
+    const INTERVAL: Duration = Duration::from_secs(1);
+
+    fn key(&self) -> String {
+        self.reference.clone()
+    }
+}
+
+/// `QUORUM_REPORT_BAD`: a child of a quorum failed or differs from the majority.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct QuorumReportBad {
+    /// What the request did.
+    #[serde(rename = "type")]
+    pub kind: QuorumOpType,
+    /// The child's error; absent where it was its data that differed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The child.
+    pub node_name: String,
+    /// First sector of 512 bytes of the request.
+    pub sector_num: i64,
+    /// How many sectors it has.
+    pub sectors_count: i64,
+}
+
+impl Event for QuorumReportBad {
+    const NAME: &'static str = "QUORUM_REPORT_BAD";
+    const DOC: &'static str = "Sent when a child of a quorum failed or disagreed; at most once a second for each child and kind of request.";
+    const INTERVAL: Duration = Duration::from_secs(1);
+
+    fn key(&self) -> String {
+        format!("{:?} {}", self.kind, self.node_name)
+    }
+}
+
 /// `BLOCK_IO_ERROR`: a request of a guest failed.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

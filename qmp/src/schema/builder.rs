@@ -44,12 +44,37 @@ pub struct SchemaBuilder {
     arrays: HashMap<TypeRef, TypeRef>,
     /// Builtins by name.
     builtins: HashMap<&'static str, TypeRef>,
+    /// The one text that is going to be checked, where it is known.
+    text: Option<String>,
+    /// Something was left out because the text does not mention it.
+    narrowed: std::cell::Cell<bool>,
 }
 
 impl SchemaBuilder {
     /// An empty schema.
     pub fn new() -> Self {
         SchemaBuilder::default()
+    }
+
+    /// An empty schema for types that one text alone will be checked against: who makes a large union may leave out
+    /// variants that [`SchemaBuilder::concerns`] denies. A text that does not fit is checked again with everything, so that
+    /// the error names all there is.
+    pub fn about(text: &str) -> Self {
+        SchemaBuilder { text: Some(text.to_owned()), ..SchemaBuilder::default() }
+    }
+
+    /// Whether the variant of this name may be meant: conversions of what nobody asks for are most of a process's start.
+    pub fn concerns(&self, name: &str) -> bool {
+        let concerned = self.text.as_ref().is_none_or(|t| t.contains(name));
+        if !concerned {
+            self.narrowed.set(true);
+        }
+        concerned
+    }
+
+    /// Whether something was left out.
+    pub fn is_narrowed(&self) -> bool {
+        self.narrowed.get()
     }
 
     /// The type a serde struct parses.

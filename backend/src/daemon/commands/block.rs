@@ -74,8 +74,9 @@ fn export_of(stats: &BlockStats) -> Option<String> {
 /// The type of a node's options: a union over all drivers. Whatever refers to a node that may be defined in place needs it.
 pub fn blockdev_options(schema: &mut SchemaBuilder, registry: &Registry) -> TypeRef {
     let base = schema.object_from::<CommonOptions>();
-    let variants = registry
-        .iter()
+    let concerned: Vec<_> = registry.iter().filter(|d| schema.concerns(d.name)).collect();
+    let variants = concerned
+        .into_iter()
         .map(|d| {
             let name = format!("BlockdevOptions-{}", d.name);
             (d.name.to_owned(), schema.from_schema(&name, &(d.schema)()), String::new())

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use graph::query::SnapshotInfo;
 use graph::{NewSnapshot, SnapshotQuery};
 use qmp::Commands;
-use qmp::event::BlockImageCorrupted;
+use qmp::event::{BlockImageCorrupted, QuorumFailure, QuorumReportBad};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -81,4 +81,6 @@ pub fn register(commands: &mut Commands<State>) {
         },
     );
     commands.event::<BlockImageCorrupted>();
+    commands.event::<QuorumFailure>();
+    commands.event::<QuorumReportBad>();
 }
