@@ -42,8 +42,8 @@ pub(crate) struct Edge {
     pub(crate) roles: Roles,
     /// What it holds. Inside a transaction: what it will hold.
     pub(crate) pair: PermPair,
-    /// How many freeze guards say that it must neither go nor lead elsewhere.
-    pub(crate) frozen: u32,
+    /// Who says that it must neither go nor lead elsewhere, as messages name them; one entry for each freeze.
+    pub(crate) frozen: Vec<Rc<str>>,
 }
 
 /// How a user that is not a node attaches to one (`Graph::attach`).

@@ -180,16 +180,18 @@ fn cycle(state: &State, child: NodeId, name: &str, parent: NodeId) -> BlockError
 }
 
 fn check_thawed(state: &State, edge: &Edge, verb: &str) -> Result<()> {
-    if edge.frozen == 0 {
-        return Ok(());
-    }
+    let Some(owner) = edge.frozen.first() else { return Ok(()) };
     let from = match &edge.parent {
         Parent::Node(id) => state.name_of(*id).to_owned(),
         Parent::Root(info) => info.description.clone(),
     };
     Err(BlockError::new(
         Errno::EPERM,
-        format!("Cannot {verb} frozen '{}' link from '{from}' to '{}'", edge.name, state.name_of(edge.child)),
+        format!(
+            "Cannot {verb} frozen '{}' link from '{from}' to '{}': {owner} relies on it",
+            edge.name,
+            state.name_of(edge.child)
+        ),
     ))
 }
 
@@ -245,7 +247,7 @@ impl Apply<'_> {
                     name: child.clone(),
                     roles: *roles,
                     pair: PermPair::IDLE,
-                    frozen: 0,
+                    frozen: Vec::new(),
                 };
                 let free = self.state.slot(parent)?.children.iter().position(Option::is_none);
                 add_edge(self.state, self.tran, edge, free);

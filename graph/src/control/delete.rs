@@ -90,7 +90,8 @@ impl Graph {
         }
         let slot = state.nodes.remove(&id);
         if let Some(slot) = &slot {
-            super::freeze::thaw(&mut state, &slot.freezes);
+            let owner = super::open::driver_owner(slot.node.name());
+            super::freeze::thaw(&mut state, &slot.freezes, &owner);
             state.names.remove(slot.node.name());
         }
         let orphans = children.into_iter().map(|(_, c)| c).filter(|c| is_orphan(&state, *c)).collect();

@@ -12,6 +12,7 @@ mod delete;
 pub(crate) mod freeze;
 pub(crate) mod open;
 pub(crate) mod perms;
+pub(crate) mod picture;
 pub mod query;
 mod resize;
 pub(crate) mod snapshots;
@@ -57,7 +58,7 @@ pub(crate) struct Slot {
     pub(crate) closing: bool,
     /// What its driver holds for its users.
     pub(crate) held: PermPair,
-    /// Edges that its driver relies on: frozen as long as it lives.
+    /// Edges that its driver relies on: frozen in its name as long as it lives.
     pub(crate) freezes: Vec<EdgeId>,
 }
 

@@ -145,7 +145,7 @@ impl World {
                 None => Ok(()),
             },
             Step::Freeze(at) => {
-                self.frozen.push(graph.freeze(&pick(at), "file")?);
+                self.frozen.push(graph.freeze(&pick(at), "file", "the test")?);
                 Ok(())
             }
             Step::Thaw(at) => {

@@ -196,7 +196,7 @@ impl OpenContext {
         }
         let id = EdgeId(state.fresh_id());
         let parent = Parent::Root(info);
-        let edge = Edge { id, parent, child, name: name.to_owned(), roles, pair, frozen: 0 };
+        let edge = Edge { id, parent, child, name: name.to_owned(), roles, pair, frozen: Vec::new() };
         let mut tran = Transaction::new();
         add_edge(state, &mut tran, edge, None);
         let result = perms::refresh(state, &mut tran, &[child]);
@@ -238,6 +238,11 @@ impl OpenContext {
 /// QEMU's words for a child reference, which may mean a device there.
 fn no_such_reference(name: &str) -> BlockError {
     BlockError::new(Errno::ENOENT, format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+/// Who freezes the edges a driver relies on.
+pub(super) fn driver_owner(name: &str) -> Rc<str> {
+    format!("node '{name}'").into()
 }
 
 /// What an inline child takes from its parent where the user said nothing.
@@ -403,7 +408,7 @@ impl Graph {
         let result = perms::refresh(state, &mut tran, &touched);
         let result = result.and_then(|()| opening.bottom.map_or(Ok(Vec::new()), |b| state.chain(id, b)));
         let freezes = tran.finish(state, result)?;
-        super::freeze::freeze(state, &freezes);
+        super::freeze::freeze(state, &freezes, &driver_owner(&opening.name));
         if let Some(slot) = state.nodes.get_mut(&id) {
             slot.freezes = freezes;
         }

@@ -18,6 +18,10 @@ use crate::perm::Perm;
 use crate::role::Roles;
 
 pub use super::blockstats::{BlockDeviceStats, BlockLatencyHistogramInfo, BlockStats};
+pub use super::picture::{
+    BlockGraph, BlockGraphCounters, BlockGraphEdge, BlockGraphKind, BlockGraphNode, BlockGraphRole,
+    BlockGraphUser,
+};
 
 /// Cache mode of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -208,7 +212,7 @@ pub enum BlockPermission {
     Resize,
 }
 
-fn permissions(perm: Perm) -> Vec<BlockPermission> {
+pub(super) fn permissions(perm: Perm) -> Vec<BlockPermission> {
     const ALL: [(Perm, BlockPermission); 4] = [
         (Perm::CONSISTENT_READ, BlockPermission::ConsistentRead),
         (Perm::WRITE, BlockPermission::Write),

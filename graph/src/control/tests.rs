@@ -229,19 +229,26 @@ fn frozen_links_neither_go_nor_lead_elsewhere() {
     add(&g, json!({"driver": "format", "node-name": "top", "file": "f", "backing": "base"})).unwrap();
     add(&g, json!({"driver": "filter", "node-name": "flt", "file": "top"})).unwrap();
     mem(&g, "other");
-    let chain = g.freeze_chain("flt", "base").unwrap();
-    refused(g.freeze_chain("flt", "other").map(|_| ()), "'other' is not in the backing chain of 'flt'");
+    let chain = g.freeze_chain("flt", "base", "job 'j'").unwrap();
+    refused(g.freeze_chain("flt", "other", "job 'j'").map(|_| ()), "'other' is not in the backing chain of 'flt'");
     let detach = Change::DetachChild { parent: "top".into(), child: "backing".into() };
     refused(
         run(g.change(std::slice::from_ref(&detach))),
-        "Cannot remove frozen 'backing' link from 'top' to 'base'",
+        "Cannot remove frozen 'backing' link from 'top' to 'base': job 'j' relies on it",
     );
     let replace = Change::ReplaceChild { parent: "flt".into(), child: "file".into(), node: "other".into() };
     refused(
         run(g.change(std::slice::from_ref(&replace))),
-        "Cannot change frozen 'file' link from 'flt' to 'top'",
+        "Cannot change frozen 'file' link from 'flt' to 'top': job 'j' relies on it",
     );
-    let again = g.freeze("top", "backing").unwrap();
+    let again = g.freeze("top", "backing", "job 'k'").unwrap();
+    let frozen = |name: &str| {
+        let picture = g.query_graph();
+        let edge = picture.edges.iter().find(|e| e.name == name && !e.frozen_by.is_empty());
+        edge.map_or(Vec::new(), |e| e.frozen_by.clone())
+    };
+    assert_eq!(frozen("backing"), ["job 'j'", "job 'k'"]);
+    assert_eq!(frozen("file"), ["job 'j'"]);
     drop(chain);
     run(g.change(&[replace])).unwrap();
     assert!(run(g.change(std::slice::from_ref(&detach))).is_err());

@@ -6,6 +6,7 @@ mod block;
 mod export;
 pub mod jobs;
 mod object;
+mod picture;
 mod snapshot;
 
 use std::rc::Rc;
@@ -26,6 +27,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     jobs::register(&mut commands, registry);
     bitmap::register(&mut commands);
     snapshot::register(&mut commands);
+    picture::register(&mut commands);
     commands.finish()
 }
 
