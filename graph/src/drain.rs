@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-use crate::driver::BoxFut;
+use crate::driver::{BoxFut, Driver};
 use crate::node::Node;
 use crate::view::View;
 
@@ -224,8 +224,8 @@ impl DrainState {
 #[must_use = "requests resume when the guard is dropped"]
 pub struct DrainGuard {
     state: Rc<DrainState>,
-    /// Nodes that were told of it (`Driver::drain_begin`). Nodes that come into the graph later have no request held back.
-    told: Vec<Arc<Node>>,
+    /// Drivers that were told of it (`Driver::drain_begin`). What comes into the graph later has no request held back.
+    told: Vec<Arc<dyn Driver>>,
     /// The graph's list of running drains, to leave it.
     list: std::rc::Weak<RefCell<Vec<Rc<DrainState>>>>,
 }
@@ -248,8 +248,9 @@ impl DrainGuard {
         }
         // After the sources: what is let go now is not followed by more of it.
         for node in nodes {
-            node.driver().drain_begin();
-            guard.told.push(node);
+            let driver = node.driver();
+            driver.drain_begin();
+            guard.told.push(driver);
         }
         guard
     }
@@ -282,7 +283,7 @@ impl Drop for DrainGuard {
         if let Some(list) = self.list.upgrade() {
             list.borrow_mut().retain(|d| !Rc::ptr_eq(d, &self.state));
         }
-        self.told.drain(..).for_each(|n| n.driver().drain_end());
+        self.told.drain(..).for_each(|d| d.drain_end());
         let held = std::mem::take(&mut *self.state.held.borrow_mut());
         held.iter().for_each(|r| r.gate.leave());
     }

@@ -3,6 +3,7 @@
 //! Implemented in the drivers' crate, called by the views (any iothread) and by the control side (main thread). The graph
 //! never names a driver: the process hands it a [`Registry`].
 
+use std::any::Any;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -323,7 +324,8 @@ pub struct DriverInfo {
 /// `request_alignment` and split it to the maxima. They reach children by `io.child(index)`, and never call `io` itself for
 /// their own node: such a request could wait for a misaligned neighbour that waits for the outer one. They must finish: dropping a
 /// future in the middle is not something the graph does outside of tearing down a process.
-pub trait Driver: Send + Sync + 'static {
+/// A driver's object may be asked for as what it is (`&dyn Any`), by the driver itself on another thread.
+pub trait Driver: Any + Send + Sync {
     /// Where a range lives; the hot path. Must not block, allocate, or take a lock that is held across waiting.
     fn map(&self, op: Op, offset: u64, len: u64) -> Map<'_>;
 

@@ -18,7 +18,7 @@
 //! splitting, zero detection, statistics.
 //!
 //! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`,
-//! `pins::Pins::claims`, `node::Node::options`,
+//! `pins::Pins::claims`, `node::Node::options`, `node::Node::driver`,
 //! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::list` (and in it `bitmap::Bitmap::bits`).
 
 #![forbid(unsafe_code)]
@@ -74,7 +74,7 @@ pub use options::{
 };
 pub use perm::{Perm, PermPair, default_child_perm};
 pub use pins::{Pin, Pins};
-pub use reopen::{Reopen, ReopenContext};
+pub use reopen::{Reopen, ReopenContext, Replacement, cannot_change, refuse_changes};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};
 pub use stats::ShardSet;

@@ -1,7 +1,7 @@
 //! A node: a driver under a name, with what the graph keeps for it on every thread.
 //!
-//! Shared by the control side and all iothreads; immutable but for its atomics and for its options, which
-//! change in drained sections. Its place in the graph (parents, children,
+//! Shared by the control side and all iothreads; immutable but for its atomics, and for its options and its driver object,
+//! which change in drained sections. Its place in the graph (parents, children,
 //! permissions) is the control side's and is not here.
 
 use std::fmt;
@@ -24,7 +24,9 @@ pub struct Node {
     name: String,
     driver_name: &'static str,
     kind: DriverKind,
-    driver: Arc<dyn Driver>,
+    /// Changes inside drained sections alone (a reopened file has another descriptor); views keep a copy, so that no
+    /// request looks here.
+    driver: Mutex<Arc<dyn Driver>>,
     /// Changes inside drained sections alone (`blockdev-reopen`); views keep a copy.
     options: Mutex<NodeOptions>,
     tracker: Tracker,
@@ -52,7 +54,7 @@ impl Node {
             name,
             driver_name,
             kind,
-            driver,
+            driver: Mutex::new(driver),
             options: Mutex::new(options),
             tracker: Tracker::default(),
             stats: NodeStats::default(),
@@ -83,9 +85,14 @@ impl Node {
         self.kind
     }
 
-    /// Its driver.
-    pub fn driver(&self) -> &Arc<dyn Driver> {
-        &self.driver
+    /// Its driver. Views have it at hand ([`crate::ViewNode`]): not for the data path.
+    pub fn driver(&self) -> Arc<dyn Driver> {
+        Arc::clone(&self.driver.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Another driver object of the same driver, in a drained section: views made from now on see it.
+    pub(crate) fn set_driver(&self, driver: Arc<dyn Driver>) -> Arc<dyn Driver> {
+        std::mem::replace(&mut *self.driver.lock().unwrap_or_else(PoisonError::into_inner), driver)
     }
 
     /// The options it runs with.
@@ -94,14 +101,13 @@ impl Node {
     }
 
     /// Other options, in a drained section: views made from now on see them.
-    #[allow(dead_code, reason = "the reopening of nodes is its caller")]
     pub(crate) fn set_options(&self, options: NodeOptions) -> NodeOptions {
         std::mem::replace(&mut *self.options.lock().unwrap_or_else(PoisonError::into_inner), options)
     }
 
     /// Its size as of now, bytes.
     pub fn size(&self) -> u64 {
-        self.driver.size()
+        self.driver().size()
     }
 
     /// Its statistics.

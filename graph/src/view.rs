@@ -122,7 +122,8 @@ impl ViewNode {
     /// `may_misalign`: some user sends this node requests below its alignment (see `io::tracked`).
     pub(crate) fn new(node: Arc<Node>, children: Box<[u32]>, may_misalign: bool) -> ViewNode {
         let options = node.options();
-        let limits = node.driver().limits().sane();
+        let driver = node.driver();
+        let limits = driver.limits().sane();
         let modifying = Op::Write.bit() | Op::WriteZeroes.bit() | Op::Discard.bit();
         let refuse = if options.read_only { modifying } else { 0 };
         let mut ignore = 0;
@@ -149,7 +150,7 @@ impl ViewNode {
         }
         let child = |i: usize| children.get(i).copied().unwrap_or(NO_CHILD);
         ViewNode {
-            driver: Arc::clone(node.driver()),
+            driver,
             gate: refuse | ignore | drive,
             align_mask: u64::from(limits.request_alignment) - 1,
             max_transfer: if limits.max_transfer == 0 { u64::MAX } else { limits.max_transfer },
@@ -166,6 +167,11 @@ impl ViewNode {
     /// The node.
     pub fn node(&self) -> &Arc<Node> {
         &self.node
+    }
+
+    /// Its driver, as long as this view is in use.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
     }
 
     /// Its driver's limits, made sane.

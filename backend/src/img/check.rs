@@ -72,7 +72,7 @@ pub async fn run(session: Session, args: CheckArgs) -> Outcome {
 
 async fn check(image: &Image, fix: CheckFix) -> Result<CheckReport, Failure> {
     let done = image.io(move |io| async move {
-        let driver = std::sync::Arc::clone(io.node()?.driver());
+        let driver = io.node()?.driver();
         match driver.check(&io, fix).await {
             Ok(report) => Ok(Some(report)),
             Err(e) if e.errno() == Errno::ENOTSUP => Ok(None),

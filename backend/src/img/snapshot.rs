@@ -49,7 +49,7 @@ pub async fn run(session: Session, args: SnapshotArgs) -> Outcome {
         Action::Apply(name) => {
             let which = SnapshotRef::IdOrName(name.clone());
             let done = image.io(move |io| async move {
-                let driver = std::sync::Arc::clone(io.node()?.driver());
+                let driver = io.node()?.driver();
                 driver.snapshot_apply(&io, which).await.map_err(words)
             });
             done.await.map_err(|e| e.context(format!("Could not apply snapshot '{name}'")))?;
@@ -57,7 +57,7 @@ pub async fn run(session: Session, args: SnapshotArgs) -> Outcome {
         Action::Delete(name) => {
             let which = SnapshotRef::IdOrName(name.clone());
             let done = image.io(move |io| async move {
-                let driver = std::sync::Arc::clone(io.node()?.driver());
+                let driver = io.node()?.driver();
                 driver.snapshot_delete(&io, which).await.map_err(words)
             });
             done.await.map_err(|e| e.context(format!("Could not delete snapshot '{name}'")))?;
@@ -77,7 +77,7 @@ async fn create(image: &Image, name: String) -> Result<(), Failure> {
         vm_clock_nsec: 0,
     };
     let done = image.io(move |io| async move {
-        let driver = std::sync::Arc::clone(io.node()?.driver());
+        let driver = io.node()?.driver();
         driver.snapshot_create(&io, new).await.map_err(words)
     });
     done.await.map(drop).map_err(|e| e.context(format!("Could not create snapshot '{name}'")))

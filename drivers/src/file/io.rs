@@ -9,11 +9,11 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, NodeIo, Op, Perm, Result, Roles,
-    Truncate, WriteFlags, ZeroFlags,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, NodeIo, Op, Perm, Reopen,
+    ReopenContext, Result, Roles, Truncate, WriteFlags, ZeroFlags,
 };
 use host::{FallocMode, File, FileKind, IoVecs};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{FileNode, Wanted};
 
@@ -276,6 +276,10 @@ impl Driver for FileNode {
     fn child_perm(&self, _child: usize, _role: Roles, _perm: Perm, _shared: Perm) -> (Perm, Perm) {
         // No children, so nothing is ever asked of one.
         (Perm::NONE, Perm::ALL)
+    }
+
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(self.reopen_with(cx, own))
     }
 
     fn check_perm(&self, perm: Perm, shared: Perm) -> Result<()> {

@@ -102,6 +102,26 @@ impl<F: LockBytes> Locks<F> {
         result
     }
 
+    /// Hands everything held over to another descriptor of the same file. The bytes are locked twice for a moment and never
+    /// free; what is held is not looked at for conflicts, since it has been.
+    ///
+    /// # Errors
+    /// The other descriptor cannot lock; all is here as before.
+    pub(super) fn hand_over(&self, to: &Locks<F>) -> Result<()> {
+        let (Some(old), Some(new)) = (&self.file, &to.file) else { return Ok(()) };
+        let (mut from, mut to) = (self.state(), to.state());
+        let (held, locked) = (from.held, from.locked);
+        if let Err(e) = take(new, to.locked, locked) {
+            to.locked = locked;
+            give_back(new, &mut to, PermPair::IDLE);
+            return Err(e);
+        }
+        *to = State { held, locked };
+        give_back(old, &mut from, PermPair::IDLE);
+        from.held = PermPair::IDLE;
+        Ok(())
+    }
+
     /// Gives back what `perm` and `shared` do not need.
     pub(super) fn commit(&self, perm: Perm, shared: Perm) {
         let Some(file) = &self.file else { return };

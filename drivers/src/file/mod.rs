@@ -9,6 +9,9 @@
 //! one is set once and stays as well, so that a request finds it with one atomic load; a node that lost its last writer
 //! costs a descriptor until it is deleted. Without `auto-read-only` there is one descriptor, writable unless `read-only=on`.
 //!
+//! **Reopening** makes another node of the same file, with descriptors of its own, and hands the lock bytes over
+//! (`reopen`).
+//!
 //! **Sizes.** A node is as large as its file, rounded up to whole sectors of 512 bytes as in QEMU; what the file does not
 //! have reads as zeroes. `length` is how far the file surely reaches (it only falls behind, never ahead): reads below it go
 //! straight to the file, others are driven, where `host` fills in zeroes past the end.
@@ -25,6 +28,7 @@ mod lock;
 mod open;
 mod options;
 mod perm;
+mod reopen;
 mod size;
 mod status;
 #[cfg(test)]
@@ -100,11 +104,11 @@ struct FileNode {
     writer: OnceLock<Arc<File>>,
     /// How to open `writer`; `None` when the node has all it will ever have.
     reopen: Option<OpenOptions>,
-    locks: Locks<Arc<File>>,
+    locks: Arc<Locks<Arc<File>>>,
     /// Visible size, bytes.
     size: AtomicU64,
     /// Bytes the file surely has; at most `size`.
     length: AtomicU64,
     lacks: Lacks,
-    counters: Counters,
+    counters: Arc<Counters>,
 }

@@ -53,14 +53,14 @@ pub(super) fn open_blocking(wanted: Wanted, options: &FileOptions, node: &NodeOp
     Ok(FileNode {
         wanted,
         filename: options.filename.clone(),
-        locks: Locks::new(locking.then(|| Arc::clone(&first))),
+        locks: Arc::new(Locks::new(locking.then(|| Arc::clone(&first)))),
         writer: OnceLock::new(),
         reopen: later.then_some(writer),
         first,
         size: sizes.visible.into(),
         length: sizes.length.into(),
         lacks: Lacks::default(),
-        counters: Counters::default(),
+        counters: Arc::new(Counters::default()),
     })
 }
 

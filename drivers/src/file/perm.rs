@@ -25,7 +25,7 @@ impl FileNode {
     }
 
     /// Sees to it that there is a writable descriptor.
-    fn open_writer(&self) -> Result<()> {
+    pub(super) fn open_writer(&self) -> Result<()> {
         if self.first.writable() || self.writer.get().is_some() {
             return Ok(());
         }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, Perm, Result,
-    Roles, StatusFlags, Truncate, WriteFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, Perm, Reopen,
+    ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, default_child_perm,
 };
 use host::IoVecs;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{FILE, Luks, SECTOR, Volume};
 
@@ -190,6 +190,14 @@ impl Driver for Luks {
         if index == FILE {
             self.file_size.store(child.map_or(0, |(_, node)| node.size()), Release);
         }
+    }
+
+    fn replaceable_children(&self) -> &'static [&'static str] {
+        &["file"]
+    }
+
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(super::reopen::reopen(cx, own))
     }
 
     fn child_perm(&self, _: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {

@@ -28,6 +28,7 @@ pub mod header;
 mod io;
 mod open;
 mod options;
+mod reopen;
 pub(crate) mod spec;
 #[cfg(test)]
 mod tests;

@@ -3,10 +3,11 @@
 //! Called by views and by the graph's asynchronous path. Holds no state.
 
 use graph::{
-    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, NodeIo, Op, Perm, Roles, StatusFlags, WriteFlags,
-    ZeroFlags,
+    BlockStatus, BoxFut, Driver, DriverInfo, Limits, Map, NodeIo, Op, Perm, Reopen, ReopenContext, Roles,
+    StatusFlags, WriteFlags, ZeroFlags,
 };
 use host::IoVecs;
+use serde_json::Value;
 
 use super::Null;
 
@@ -80,6 +81,10 @@ impl Driver for Null {
     fn child_perm(&self, _child: usize, _role: Roles, _perm: Perm, _shared: Perm) -> (Perm, Perm) {
         // No children, so nothing is ever asked of one.
         (Perm::NONE, Perm::ALL)
+    }
+
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(super::reopen::reopen(cx, own))
     }
 
     fn info(&self) -> DriverInfo {

@@ -8,6 +8,7 @@ use graph::{DriverDef, DriverKind};
 mod io;
 mod open;
 mod options;
+mod reopen;
 #[cfg(test)]
 mod tests;
 

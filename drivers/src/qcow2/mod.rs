@@ -5,7 +5,7 @@
 //! | folder | subject |
 //! |---|---|
 //! | `format/` | the format on disk, as pure functions |
-//! | `open.rs`, `settings.rs`, `options.rs`, `crypt.rs` | opening |
+//! | `open.rs`, `settings.rs`, `options.rs`, `crypt.rs`, `reopen.rs` | opening, and opening again |
 //! | `node.rs` | the open image |
 //! | `table/` | where guest data lies: L1 and L2 in memory |
 //! | `io/` | requests |
@@ -31,6 +31,7 @@ mod io;
 mod node;
 mod open;
 mod options;
+mod reopen;
 mod settings;
 mod snapshot;
 mod table;

@@ -46,6 +46,7 @@ pub(crate) struct Settings {
 }
 
 /// Encryption of guest data.
+#[derive(Clone)]
 pub(crate) struct Crypt {
     /// The unlocked keys.
     pub(crate) volume: Arc<crate::luks::Volume>,
@@ -78,7 +79,7 @@ pub(crate) struct Qcow2 {
     pub(crate) data: usize,
     /// Index of the child with the external data file.
     pub(crate) data_file: Option<usize>,
-    /// Index of the backing file; the child may be gone.
+    /// Index of the backing file; there may be no child.
     pub(crate) backing: Option<usize>,
     /// Size of the backing file, bytes; `NO_BACKING` if there is none now.
     pub(crate) backing_size: AtomicU64,

@@ -10,7 +10,9 @@ use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 
 use graph::options::{BlockdevRef, DiscardOption, Purpose, parse_options};
-use graph::{BlockError, CheckFix, Errno, NodeIo, OpenContext, Opened, Perm, PermPair, Result, Roles};
+use graph::{
+    BlockError, CheckFix, Epochs, Errno, NodeIo, OpenContext, Opened, Perm, PermPair, Result, Roles,
+};
 use host::IoVecs;
 use serde_json::{Map, Value, json};
 
@@ -35,12 +37,12 @@ use super::table::Tables;
 const MAX_CHAIN: usize = 62;
 
 /// What was read of an image file.
-struct Image {
-    first: Vec<u8>,
-    header: Header,
-    l1: Vec<u64>,
+pub(super) struct Image {
+    pub(super) first: Vec<u8>,
+    pub(super) header: Header,
+    pub(super) l1: Vec<u64>,
     reftable: Vec<u64>,
-    snapshots: Vec<Snapshot>,
+    pub(super) snapshots: Vec<Snapshot>,
 }
 
 /// Opens a node.
@@ -126,7 +128,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
             directory = marking.await?;
         }
     }
-    let space = make_space(&cx, &image, &settings, &health, &header_io, geo)?;
+    let space = make_space(cx.epochs(), &image, &settings, &health, &header_io, geo);
     let sector = u64::from(cx.child(FILE)?.driver().limits().request_alignment.max(512));
     let tables = Tables::new(
         geo,
@@ -136,9 +138,10 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         settings.l2_slice_size,
         sector,
     );
-    let backing_size = match backing {
-        Some(index) => cx.child(index)?.size(),
-        None => NO_BACKING,
+    // One that is attached later finds its place.
+    let (backing, backing_size) = match backing {
+        Some(index) => (index, cx.child(index)?.size()),
+        None => (cx.reserve_child(), NO_BACKING),
     };
     let node = Qcow2 {
         geo,
@@ -149,7 +152,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         header: header_io,
         data: data_file.unwrap_or(FILE),
         data_file,
-        backing,
+        backing: Some(backing),
         backing_size: AtomicU64::new(backing_size),
         settings,
         crypt,
@@ -174,7 +177,7 @@ pub(super) fn words(raw: &[u8]) -> Vec<u64> {
     raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect()
 }
 
-async fn read_image(io: &NodeIo, policy: Policy) -> Result<Image> {
+pub(super) async fn read_image(io: &NodeIo, policy: Policy) -> Result<Image> {
     // The first sector says how long the first cluster is.
     let start = read_bytes(io, 0, 512).await?;
     let bits = start.get(20..24).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
@@ -238,14 +241,15 @@ async fn repair(io: &NodeIo, policy: Policy) -> Result<Image> {
     read_image(io, policy).await
 }
 
-fn make_space(
-    cx: &OpenContext,
+/// The space of an image that was read.
+pub(super) fn make_space(
+    epochs: Arc<Epochs>,
     image: &Image,
     settings: &Settings,
     health: &Arc<Health>,
     header_io: &Arc<HeaderIo>,
     geo: Geometry,
-) -> Result<Space> {
+) -> Space {
     let header = &image.header;
     let config = SpaceConfig {
         geometry: geo,
@@ -260,10 +264,10 @@ fn make_space(
         },
         lazy: settings.lazy_refcounts,
     };
-    let space = Space::new(config, cx.epochs(), Arc::clone(health), Arc::clone(header_io));
+    let space = Space::new(config, epochs, Arc::clone(health), Arc::clone(header_io));
     if settings.read_only {
         // Nothing will be written, so nothing can be overwritten.
-        return Ok(space);
+        return space;
     }
     space.add_metadata(Kind::ActiveL1, header.l1_offset, header.l1_bytes());
     let size = geo.cluster_size();
@@ -285,7 +289,7 @@ fn make_space(
     if let Some(crypto) = &header.crypto {
         space.add_metadata(Kind::Crypto, crypto.offset, crypto.length);
     }
-    Ok(space)
+    space
 }
 
 async fn open_data_file(

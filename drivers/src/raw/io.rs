@@ -7,9 +7,11 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use graph::{
     BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Location, Map, Node, NodeIo, Op,
-    Perm, Result, Roles, StatusFlags, Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    Perm, Reopen, ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, ZeroFlags,
+    default_child_perm,
 };
 use host::IoVecs;
+use serde_json::Value;
 
 use super::{FILE, Raw};
 
@@ -139,6 +141,14 @@ impl Driver for Raw {
         if index == FILE {
             self.file_size.store(child.map_or(0, |(_, node)| node.size()), Release);
         }
+    }
+
+    fn replaceable_children(&self) -> &'static [&'static str] {
+        &["file"]
+    }
+
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(super::reopen::reopen(cx, own))
     }
 
     fn child_perm(&self, _child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {

@@ -11,6 +11,7 @@ mod create;
 mod io;
 mod open;
 mod options;
+mod reopen;
 #[cfg(test)]
 mod tests;
 

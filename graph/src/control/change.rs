@@ -157,7 +157,12 @@ pub(crate) fn drop_edge(state: &mut State, tran: &mut Transaction<State>, id: Ed
 }
 
 /// Lets an edge lead elsewhere inside a transaction, unless that closes a circle.
-fn redirect(state: &mut State, tran: &mut Transaction<State>, id: EdgeId, to: NodeId) -> Result<()> {
+pub(super) fn redirect(
+    state: &mut State,
+    tran: &mut Transaction<State>,
+    id: EdgeId,
+    to: NodeId,
+) -> Result<()> {
     let edge = state.edges.get(&id).ok_or_else(|| BlockError::new(Errno::ENODEV, "The user is gone"))?;
     let old = edge.child;
     check_thawed(state, edge, "change")?;
@@ -169,6 +174,44 @@ fn redirect(state: &mut State, tran: &mut Transaction<State>, id: EdgeId, to: No
     tran.add(Moved { edge: id, old });
     move_edge(state, id, to);
     Ok(())
+}
+
+/// Adds a child edge inside a transaction: where the driver has a place for its backing file, at the place of a child
+/// that went, or at the end.
+pub(super) fn put_edge(
+    state: &mut State,
+    tran: &mut Transaction<State>,
+    parent: NodeId,
+    name: &str,
+    roles: Roles,
+    to: NodeId,
+) -> Result<()> {
+    if state.reaches(to, parent) {
+        return Err(cycle(state, to, name, parent));
+    }
+    let slot = state.slot(parent)?;
+    let backing = slot.node.driver().backing_child().filter(|_| roles.contains(Roles::COW));
+    let reserved = slot.node.driver().backing_child();
+    let empty = |at: usize| slot.children.get(at).is_some_and(Option::is_none);
+    let free = (0..slot.children.len()).find(|at| empty(*at) && Some(*at) != reserved);
+    let index = backing.filter(|at| empty(*at)).or(free);
+    let id = EdgeId(state.fresh_id());
+    let edge = Edge {
+        id,
+        parent: Parent::Node(parent),
+        child: to,
+        name: name.to_owned(),
+        roles,
+        pair: PermPair::IDLE,
+        frozen: Vec::new(),
+    };
+    add_edge(state, tran, edge, index);
+    Ok(())
+}
+
+/// Refuses to take away an edge somebody relies on.
+pub(super) fn check_removable(state: &State, id: EdgeId) -> Result<()> {
+    state.edges.get(&id).map_or(Ok(()), |edge| check_thawed(state, edge, "remove"))
 }
 
 fn cycle(state: &State, child: NodeId, name: &str, parent: NodeId) -> BlockError {
@@ -236,21 +279,7 @@ impl Apply<'_> {
                     let name = self.state.name_of(parent);
                     return Err(BlockError::invalid(format!("Node '{name}' already has a '{child}' child")));
                 }
-                if self.state.reaches(to, parent) {
-                    return Err(cycle(self.state, to, child, parent));
-                }
-                let id = EdgeId(self.state.fresh_id());
-                let edge = Edge {
-                    id,
-                    parent: Parent::Node(parent),
-                    child: to,
-                    name: child.clone(),
-                    roles: *roles,
-                    pair: PermPair::IDLE,
-                    frozen: Vec::new(),
-                };
-                let free = self.state.slot(parent)?.children.iter().position(Option::is_none);
-                add_edge(self.state, self.tran, edge, free);
+                put_edge(self.state, self.tran, parent, child, *roles, to)?;
                 self.touched.extend([parent, to]);
                 Ok(())
             }

@@ -14,6 +14,7 @@ pub(crate) mod open;
 pub(crate) mod perms;
 pub(crate) mod picture;
 pub mod query;
+mod reopen;
 mod resize;
 pub(crate) mod snapshots;
 
@@ -23,6 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use host::IoThread;
+use serde_json::{Map, Value};
 
 use crate::drain::{DrainGuard, DrainState};
 use crate::driver::Registry;
@@ -32,6 +34,7 @@ use crate::events::{EventHub, EventSink};
 use crate::ids::{EdgeId, NodeId};
 use crate::node::Node;
 use crate::objects::Objects;
+use crate::options::{CommonOptions, NodeOptions};
 use crate::perm::PermPair;
 use crate::role::Roles;
 use crate::secret::Secrets;
@@ -60,6 +63,21 @@ pub(crate) struct Slot {
     pub(crate) held: PermPair,
     /// Edges that its driver relies on: frozen in its name as long as it lives.
     pub(crate) freezes: Vec<EdgeId>,
+    /// What its user asked for.
+    pub(crate) config: Config,
+}
+
+/// The options of a node as its user gave them, and where it takes the others from.
+#[derive(Clone, Default)]
+pub(crate) struct Config {
+    /// The common members.
+    pub(crate) common: CommonOptions,
+    /// The driver's own.
+    pub(crate) own: Map<String, Value>,
+    /// What holds where the user said nothing.
+    pub(crate) inherited: NodeOptions,
+    /// The node in whose options this one was defined, and which it takes `inherited` from.
+    pub(crate) parent: Option<NodeId>,
 }
 
 /// The graph itself.
@@ -190,6 +208,21 @@ impl State {
         Ok(edges)
     }
 
+    /// The node whose content a node shows: itself, or what lies below filters.
+    pub(crate) fn content(&self, id: NodeId) -> NodeId {
+        let mut at = id;
+        while let Some((_, edge)) = self.children(at).find(|(_, e)| e.roles.contains(Roles::FILTERED)) {
+            at = edge.child;
+        }
+        at
+    }
+
+    /// Whether two nodes show the same content for sure: one node's, through filters. Drained and flushed, since a filter may
+    /// hold back writes until it is flushed.
+    pub(crate) fn same_content(&self, a: NodeId, b: NodeId) -> bool {
+        self.content(a) == self.content(b)
+    }
+
     /// Whether `below` can be reached from `above`.
     pub(crate) fn reaches(&self, above: NodeId, below: NodeId) -> bool {
         self.topological(&[above]).contains(&below)
@@ -281,6 +314,8 @@ pub(crate) struct Inner {
     pub(crate) events: Arc<EventHub>,
     secrets: Secrets,
     objects: Objects,
+    /// Held across waiting by whoever carries out a change in several steps: one after the other.
+    surgery: host::sync::Mutex<()>,
 }
 
 /// The graph: a handle for the main thread, cheap to clone.
@@ -303,6 +338,7 @@ impl Graph {
                 events: Arc::default(),
                 secrets: Secrets::default(),
                 objects: Objects::default(),
+                surgery: host::sync::Mutex::new(()),
             }),
         }
     }

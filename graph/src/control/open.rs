@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::change::{add_edge, drop_edge, remove_edge};
-use super::{Graph, MAX_NODES, Slot, State, perms};
+use super::{Config, Graph, MAX_NODES, Slot, State, perms};
 use crate::bitmap::BitmapSet;
 use crate::drain::{NoSource, SourceGate};
 use crate::driver::{BoxFut, Driver, DriverDef};
@@ -58,8 +58,11 @@ struct Opening {
     name: String,
     options: NodeOptions,
     depth: usize,
-    /// The provisional edges by child index.
-    children: Vec<EdgeId>,
+    /// The provisional edges by child index; empty places are for children to come.
+    children: Vec<Option<EdgeId>>,
+    /// Children that were defined inside this node's options.
+    inline: Vec<NodeId>,
+    config: Config,
     bitmaps: Arc<BitmapSet>,
     epochs: Option<Arc<Epochs>>,
     /// The node down to which the chain stays as it is.
@@ -70,7 +73,7 @@ impl Drop for Opening {
     fn drop(&mut self) {
         let mut state = self.graph.state_mut();
         state.reserved.remove(&self.name);
-        for id in self.children.drain(..).rev() {
+        for id in self.children.drain(..).rev().flatten() {
             if let (Some(edge), _) = remove_edge(&mut state, id) {
                 super::delete::relax(&mut state, edge.child);
             }
@@ -116,7 +119,7 @@ impl OpenContext {
         let id = {
             let state = opening.graph.state();
             let id = state.find(bottom).ok_or_else(|| super::no_such_node(bottom))?;
-            let first = opening.children.first().and_then(|e| state.edges.get(e));
+            let first = opening.children.first().copied().flatten().and_then(|e| state.edges.get(&e));
             let first = first.ok_or_else(|| BlockError::invalid("This child has not been opened"))?;
             state.chain(first.child, id)?;
             id
@@ -179,7 +182,9 @@ impl OpenContext {
             }
             BlockdevRef::Inline(options) => {
                 let inherited = inherit(&self.options, roles);
-                graph.open_node(options, inherited, depth + 1).await?
+                let id = graph.open_node(options, inherited, depth + 1).await?;
+                self.opening.borrow_mut().inline.push(id);
+                id
             }
         };
         let info = Rc::new(RootInfo {
@@ -202,8 +207,16 @@ impl OpenContext {
         let result = perms::refresh(state, &mut tran, &[child]);
         tran.finish(state, result)?;
         let mut opening = self.opening.borrow_mut();
-        opening.children.push(id);
+        opening.children.push(Some(id));
         Ok(opening.children.len() - 1)
+    }
+
+    /// Keeps a place for a child that may be attached later (a backing file); returns its index. Until then there is no child
+    /// at this index.
+    pub fn reserve_child(&self) -> usize {
+        let children = &mut self.opening.borrow_mut().children;
+        children.push(None);
+        children.len() - 1
     }
 
     /// The node of a child opened before.
@@ -213,7 +226,7 @@ impl OpenContext {
     pub fn child(&self, child: usize) -> Result<Arc<Node>> {
         let opening = self.opening.borrow();
         let state = opening.graph.state();
-        let edge = opening.children.get(child).and_then(|e| state.edges.get(e));
+        let edge = opening.children.get(child).copied().flatten().and_then(|e| state.edges.get(&e));
         let edge = edge.ok_or_else(|| BlockError::invalid("This child has not been opened"))?;
         Ok(Arc::clone(&state.slot(edge.child)?.node))
     }
@@ -246,7 +259,7 @@ pub(super) fn driver_owner(name: &str) -> Rc<str> {
 }
 
 /// What an inline child takes from its parent where the user said nothing.
-fn inherit(parent: &NodeOptions, roles: Roles) -> NodeOptions {
+pub(super) fn inherit(parent: &NodeOptions, roles: Roles) -> NodeOptions {
     let cow = roles.contains(Roles::COW);
     NodeOptions {
         read_only: cow || parent.read_only,
@@ -332,13 +345,15 @@ impl Graph {
                 BlockError::invalid(format!("Parameter 'driver' does not accept value '{}'", common.driver))
             })?;
             let effective = common.effective(&inherited)?;
-            let name = self.reserve(common.node_name)?;
+            let name = self.reserve(common.node_name.clone())?;
             let opening = Rc::new(RefCell::new(Opening {
                 graph: self.clone(),
                 name: name.clone(),
                 options: effective,
                 depth,
                 children: Vec::new(),
+                inline: Vec::new(),
+                config: Config { common, own: own.clone(), inherited, parent: None },
                 bitmaps: Arc::default(),
                 epochs: None,
                 bottom: None,
@@ -389,6 +404,7 @@ impl Graph {
             closing: false,
             held: PermPair::IDLE,
             freezes: Vec::new(),
+            config: opening.config.clone(),
         };
         let mut tran = Transaction::new();
         state.nodes.insert(id, slot);
@@ -396,8 +412,15 @@ impl Graph {
         tran.add(NodeAdded(id));
         let mut moved = BTreeMap::new();
         for (index, provisional) in opening.children.iter().enumerate() {
-            let Some(mut edge) = state.edges.get(provisional).cloned() else { continue };
-            drop_edge(state, &mut tran, *provisional);
+            let provisional = provisional.and_then(|e| state.edges.get(&e).cloned());
+            let Some(mut edge) = provisional else {
+                // Nobody knows of the node yet: if it is not to be, its places go with it.
+                if let Some(slot) = state.nodes.get_mut(&id) {
+                    slot.children.push(None);
+                }
+                continue;
+            };
+            drop_edge(state, &mut tran, edge.id);
             edge.id = EdgeId(state.fresh_id());
             edge.parent = Parent::Node(id);
             moved.insert(index, edge.child);
@@ -411,6 +434,11 @@ impl Graph {
         super::freeze::freeze(state, &freezes, &driver_owner(&opening.name));
         if let Some(slot) = state.nodes.get_mut(&id) {
             slot.freezes = freezes;
+        }
+        for child in opening.inline.drain(..) {
+            if let Some(slot) = state.nodes.get_mut(&child) {
+                slot.config.parent = Some(id);
+            }
         }
         opening.children.clear();
         Ok(id)

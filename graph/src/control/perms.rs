@@ -80,7 +80,7 @@ pub(crate) fn refresh(state: &mut State, tran: &mut Transaction<State>, touched:
         if held == after {
             continue;
         }
-        let driver = Arc::clone(slot.node.driver());
+        let driver = slot.node.driver();
         let during = held.join(after);
         let checked = during != held;
         if checked {
@@ -129,7 +129,7 @@ fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
 }
 
 fn set_children(state: &mut State, tran: &mut Transaction<State>, id: NodeId, all: PermPair) -> Result<()> {
-    let driver = Arc::clone(state.slot(id)?.node.driver());
+    let driver = state.slot(id)?.node.driver();
     let children: Vec<_> = state.children(id).map(|(i, e)| (i, e.id, e.roles, e.child)).collect();
     for (index, edge, roles, child) in children {
         let (perm, mut shared) = driver.child_perm(index, roles, all.perm, all.shared);

@@ -114,14 +114,14 @@ impl NodeIo {
 
     /// Tells this node that its parent passes a point; only `blkdebug` listens.
     pub fn debug_event(&self, event: crate::debug::DebugEvent) {
-        if let Ok(node) = self.node() {
+        if let Ok(node) = self.view_node() {
             node.driver().debug_event(event);
         }
     }
 
     /// Its size as of now, bytes; 0 for a child that does not exist.
     pub fn size(&self) -> u64 {
-        self.view_node().map_or(0, |n| n.node().size())
+        self.view_node().map_or(0, |n| n.driver().size())
     }
 
     /// The driver's own limits.
@@ -135,7 +135,7 @@ impl NodeIo {
 
     /// Checks a range: never past 2^63 - 1; for users from outside never past the end of the node.
     fn check_range(&self, node: &ViewNode, offset: u64, len: u64) -> Result<()> {
-        let limit = if self.bounded { node.node().size() } else { i64::MAX as u64 };
+        let limit = if self.bounded { node.driver().size() } else { i64::MAX as u64 };
         if crate::view::in_bounds(offset, len, limit) { Ok(()) } else { Err(Errno::EIO.into()) }
     }
 
@@ -190,8 +190,8 @@ impl NodeIo {
 
     /// Marks what has changed in the node's bitmaps; also after a failure, which may have changed a part.
     fn note_change(&self, offset: u64, len: u64) {
-        if let Ok(node) = self.node() {
-            node.bitmaps().note_change(offset, len, node.size());
+        if let Ok(node) = self.view_node() {
+            node.node().bitmaps().note_change(offset, len, node.driver().size());
         }
     }
 

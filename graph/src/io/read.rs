@@ -28,7 +28,7 @@ impl NodeIo {
         let len = bufs.len() as u64;
         self.check_range(node, offset, len)?;
         // A parent may ask past the end; what is not there reads as zeroes.
-        let size = node.node().size();
+        let size = node.driver().size();
         let inside = size.saturating_sub(offset).min(len);
         if inside < len {
             bufs.slice(inside as usize, (len - inside) as usize).fill(0);
@@ -63,13 +63,13 @@ impl NodeIo {
         let max = node.limits().max_transfer;
         let len = bufs.len() as u64;
         if max == 0 || len <= max {
-            return node.node().driver().read(self, offset, bufs).await;
+            return node.driver().read(self, offset, bufs).await;
         }
         let mut done = 0;
         while done < len {
             let piece = max.min(len - done);
             let part = bufs.slice(done as usize, piece as usize);
-            node.node().driver().read(self, offset + done, &part).await?;
+            node.driver().read(self, offset + done, &part).await?;
             done += piece;
         }
         Ok(())

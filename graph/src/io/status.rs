@@ -36,7 +36,7 @@ impl NodeIo {
         if !crate::view::in_bounds(offset, len, i64::MAX as u64) {
             return Err(Errno::EIO.into());
         }
-        let size = node.node().size();
+        let size = node.driver().size();
         if offset >= size || len == 0 {
             let flags = StatusFlags::ZERO | StatusFlags::EOF;
             return Ok(BlockStatus { flags, len, location: None });
@@ -44,7 +44,7 @@ impl NodeIo {
         let len = len.min(size - offset);
         let align = u64::from(node.limits().request_alignment);
         let (start, end) = widen(offset, len, align);
-        let mut status = node.node().driver().block_status(self, start, end - start).await?;
+        let mut status = node.driver().block_status(self, start, end - start).await?;
         let skip = offset - start;
         if status.len <= skip {
             // A driver that answers with less than its own alignment has no answer for us.
@@ -61,8 +61,8 @@ impl NodeIo {
 
     /// The node that shows through where this one has nothing of its own: a filter's child, an image's backing file.
     pub fn below(&self) -> Option<NodeIo> {
-        let node = self.node().ok()?;
-        let child = match node.kind() {
+        let node = self.view_node().ok()?;
+        let child = match node.node().kind() {
             DriverKind::Filter => 0,
             _ => node.driver().backing_child()?,
         };
@@ -153,9 +153,9 @@ impl NodeIo {
             return Err(Errno::EFBIG.into());
         }
         // What grows changes the last block and everything after it.
-        let old = node.node().size();
+        let old = node.driver().size();
         let from = old.min(size);
         let _token = self.track(node, from, (i64::MAX as u64) - from, true).await;
-        node.node().driver().truncate(self, size, how).await
+        node.driver().truncate(self, size, how).await
     }
 }

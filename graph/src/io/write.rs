@@ -57,7 +57,7 @@ impl NodeIo {
         bufs: &IoVecs,
         flags: WriteFlags,
     ) -> Result<()> {
-        let driver = node.node().driver();
+        let driver = node.driver();
         if !driver.supports_compressed() {
             return Err(Errno::ENOTSUP.into());
         }
@@ -91,7 +91,7 @@ impl NodeIo {
         bufs: &IoVecs,
         flags: WriteFlags,
     ) -> Result<()> {
-        let flush_after = flags.contains(WriteFlags::FUA) && !node.node().driver().supports_fua();
+        let flush_after = flags.contains(WriteFlags::FUA) && !node.driver().supports_fua();
         let flags = if flush_after { flags - WriteFlags::FUA } else { flags } - WriteFlags::SERIALISING;
         let align = u64::from(node.limits().request_alignment);
         if (offset | bufs.len() as u64).is_multiple_of(align) {
@@ -145,13 +145,13 @@ impl NodeIo {
         let max = node.limits().max_transfer;
         let len = bufs.len() as u64;
         if max == 0 || len <= max {
-            return node.node().driver().write(self, offset, bufs, flags).await;
+            return node.driver().write(self, offset, bufs, flags).await;
         }
         let mut done = 0;
         while done < len {
             let piece = max.min(len - done);
             let part = bufs.slice(done as usize, piece as usize);
-            node.node().driver().write(self, offset + done, &part, flags).await?;
+            node.driver().write(self, offset + done, &part, flags).await?;
             done += piece;
         }
         Ok(())
@@ -165,7 +165,7 @@ impl NodeIo {
         if let Some(errno) = node.node().flush_error() {
             return Err(errno.into());
         }
-        let result = node.node().driver().flush(self).await;
+        let result = node.driver().flush(self).await;
         if let Err(e) = &result
             && node.node().kind() == DriverKind::Protocol
         {

@@ -56,7 +56,7 @@ impl NodeIo {
         flags: ZeroFlags,
     ) -> Result<()> {
         let limits = *node.limits();
-        let driver = node.node().driver();
+        let driver = node.driver();
         let mut flags = flags;
         if node.options().discard == DiscardOption::Ignore {
             flags.remove(ZeroFlags::MAY_UNMAP);
@@ -136,7 +136,7 @@ impl NodeIo {
         let mut at = start;
         while at < end {
             let part = piece(at, end, granularity, limits.max_discard);
-            match node.node().driver().discard(self, at, part).await {
+            match node.driver().discard(self, at, part).await {
                 Err(e) if e.errno() == Errno::ENOTSUP => {}
                 result => result?,
             }

@@ -263,7 +263,7 @@ impl Worker {
     }
 
     async fn snapshot(&mut self, io: &NodeIo) -> Result<(), String> {
-        let driver = Arc::clone(io.node().map_err(words)?.driver());
+        let driver = io.node().map_err(words)?.driver();
         let there: Vec<usize> = {
             let history = self.history.borrow();
             let there = |s: &&Snapshot| s.delete.is_none();
@@ -318,7 +318,7 @@ impl Worker {
         let size = 1 + self.rng.below(2 * initial);
         let n = self.history.borrow_mut().begin(self.disk.tick(), What::Resize(size), 0, 0);
         let how = Truncate { exact: true, ..Truncate::default() };
-        let driver = Arc::clone(io.node().map_err(words)?.driver());
+        let driver = io.node().map_err(words)?.driver();
         driver.truncate(io, size * SECTOR as u64, how).await.map_err(|e| format!("truncate: {e}"))?;
         self.history.borrow_mut().end(n, self.disk.tick());
         Ok(())

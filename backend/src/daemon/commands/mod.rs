@@ -8,6 +8,7 @@ pub mod jobs;
 mod object;
 mod picture;
 mod snapshot;
+mod surgery;
 
 use std::rc::Rc;
 
@@ -28,6 +29,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     bitmap::register(&mut commands);
     snapshot::register(&mut commands);
     picture::register(&mut commands);
+    surgery::register(&mut commands, registry);
     commands.finish()
 }
 

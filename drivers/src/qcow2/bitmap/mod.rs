@@ -16,14 +16,14 @@ mod store;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use graph::{Bitmap, BitmapSet, BlockError, Errno, Result};
+use graph::{Bitmap, BitmapSet, BlockError, Errno, NodeIo, Result};
 use serde_json::{Value, json};
 
 use super::format::bitmap::{
     self, DirEntry, FLAG_AUTO, FLAG_IN_USE, GRANULARITY_BITS, MAX_BITMAPS, MAX_DATA_BYTES,
     MAX_DIRECTORY_BYTES, MAX_NAME, MAX_TABLE_ENTRIES,
 };
-use super::node::Qcow2;
+use super::node::{FILE, Qcow2};
 
 pub(super) use load::{mark_in_use, read};
 
@@ -67,6 +67,28 @@ impl Bitmaps {
 }
 
 impl Qcow2 {
+    /// The directory as it is in the image.
+    pub(super) fn bitmap_directory(&self) -> Vec<DirEntry> {
+        self.bitmaps.directory().clone()
+    }
+
+    /// Says in the image that what it holds of the bitmaps does not count from now on.
+    ///
+    /// # Errors
+    /// What the disk says; the image must not be written then.
+    pub(super) async fn bitmaps_in_use(&self, io: &NodeIo) -> Result<()> {
+        let mut directory = self.bitmap_directory();
+        let file = io.child(FILE);
+        mark_in_use(&file, &self.header, self.commits.health(), &mut directory).await?;
+        *self.bitmaps.directory() = directory;
+        Ok(())
+    }
+
+    /// Lets the node's stored bitmaps change, or not.
+    pub(super) fn set_bitmaps_readonly(&self, readonly: bool) {
+        self.bitmaps.set.persistent().iter().for_each(|b| b.set_readonly(readonly));
+    }
+
     /// Whether one more bitmap can be stored.
     ///
     /// # Errors

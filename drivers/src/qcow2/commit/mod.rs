@@ -66,6 +66,11 @@ impl Commits {
         Commits { group: Group::default(), health, header, writable, left: AtomicBool::new(false) }
     }
 
+    /// The health of the image.
+    pub(crate) fn health(&self) -> &Arc<Health> {
+        &self.health
+    }
+
     /// Whether this node writes the image at all.
     pub(crate) fn writes(&self) -> bool {
         self.writable && !self.left.load(Relaxed)

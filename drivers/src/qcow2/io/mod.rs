@@ -37,9 +37,10 @@ use std::sync::atomic::Ordering::Release;
 
 use graph::{
     BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo,
-    Op, Perm, Result, Roles, SnapshotInfo, SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo, SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
+use serde_json::Value;
 
 use super::node::{FILE, NO_BACKING, Qcow2};
 
@@ -168,6 +169,14 @@ impl Driver for Qcow2 {
 
     fn backing_child(&self) -> Option<usize> {
         self.backing
+    }
+
+    fn replaceable_children(&self) -> &'static [&'static str] {
+        &["file", "backing"]
+    }
+
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(self.reopen_with(cx, own))
     }
 
     fn child_perm(&self, child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
