@@ -484,6 +484,11 @@ pub trait Driver: Any + Send + Sync {
         not_supported()
     }
 
+    /// Where the overlay goes when a snapshot of this node is made. Filters are looked through anyway.
+    fn overlay_place(&self) -> OverlayPlace {
+        OverlayPlace::Here
+    }
+
     /// Whether one more child may be attached, and what it will be: its name on the edge (a new one, or one whose slot is
     /// empty) and its roles. [`Driver::child_changed`] follows when it is there. Main thread.
     ///
@@ -543,6 +548,18 @@ pub trait Driver: Any + Send + Sync {
 /// The answer of an operation a driver does not have.
 pub fn not_supported<'a, T: 'a>() -> BoxFut<'a, T> {
     Box::pin(std::future::ready(Err(BlockError::errno_only(Errno::ENOTSUP))))
+}
+
+/// Where an overlay for a snapshot goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverlayPlace {
+    /// Above the node.
+    Here,
+    /// Above what its primary child shows, if that is an image of a format, which knows how to have overlays: what the node
+    /// does to its data (encryption) happens to those of the overlay, too.
+    BelowFormat,
+    /// Above each of its children, which are copies of one disk.
+    EachChild,
 }
 
 /// What sort of driver it is.

@@ -49,7 +49,13 @@ mod transaction;
 mod view;
 
 pub use bitmap::{Bitmap, BitmapSet};
+pub use control::actions::{
+    AbortAction, Action, ActionContext, BitmapAddAction, BitmapClearAction, BitmapMergeAction,
+    BitmapRecordAction, BitmapRemoveAction, InternalSnapshotAction, NewOverlay, OverlayMode, SnapshotAction,
+    SnapshotSyncAction,
+};
 pub use control::bitmaps::{BitmapRef, NewBitmap};
+pub use control::surgery::{Insertion, Replacing};
 pub use control::query;
 pub use control::snapshots::SnapshotQuery;
 pub use control::{Change, FreezeGuard, Graph, IoThreadSource, MAX_NODES, Root};
@@ -58,7 +64,7 @@ pub use debug::DebugEvent;
 pub use drain::{DrainGuard, NoSource, RequestSource};
 pub use driver::{
     BlockStatus, BoxFut, Driver, DriverDef, DriverInfo, DriverKind, Limits, Location, Map, Op, OpenContext,
-    Opened, Prealloc, Registry, StatusFlags, Truncate, WriteFlags, ZeroFlags, not_supported,
+    Opened, OverlayPlace, Prealloc, Registry, StatusFlags, Truncate, WriteFlags, ZeroFlags, not_supported,
 };
 pub use edge::RootOptions;
 pub use epoch::{Epochs, Stay, Stays, Ticket};

@@ -75,10 +75,14 @@ pub struct CommonOptions {
     /// Look for zeroes in written data; default: off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detect_zeroes: Option<DetectZeroes>,
+    /// Whether the node may be used: an inactive one takes no writes and lets others write to its image, for a guest that
+    /// moves between two processes; see `blockdev-set-active`. Default: true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub active: Option<bool>,
 }
 
 /// Names of the members of [`CommonOptions`] on the wire; a driver's own option may have none of these.
-pub const COMMON_MEMBERS: [&str; 8] = [
+pub const COMMON_MEMBERS: [&str; 9] = [
     "driver",
     "node-name",
     "discard",
@@ -87,6 +91,7 @@ pub const COMMON_MEMBERS: [&str; 8] = [
     "auto-read-only",
     "force-share",
     "detect-zeroes",
+    "active",
 ];
 
 /// What a node is opened for; not an option a user gives, but what a tool says of itself.
@@ -118,8 +123,17 @@ pub struct NodeOptions {
     pub no_flush: bool,
     /// Every user shares everything.
     pub force_share: bool,
+    /// Takes no writes and lets others write to its image.
+    pub inactive: bool,
     /// What it is opened for; children are always opened for use.
     pub purpose: Purpose,
+}
+
+impl NodeOptions {
+    /// Whether writes are refused.
+    pub fn refuses_writes(&self) -> bool {
+        self.read_only || self.inactive
+    }
 }
 
 impl CommonOptions {
@@ -156,6 +170,7 @@ impl CommonOptions {
             direct: cache.direct.unwrap_or(inherited.direct),
             no_flush: cache.no_flush.unwrap_or(inherited.no_flush),
             force_share: self.force_share.unwrap_or(inherited.force_share),
+            inactive: self.active.map_or(inherited.inactive, |active| !active),
             purpose: inherited.purpose,
         };
         if options.force_share && !options.read_only {
@@ -186,7 +201,7 @@ fn check_types(common: &Map<String, Value>) -> Result<()> {
             return wrong(name, "string");
         }
     }
-    for name in ["read-only", "auto-read-only", "force-share"] {
+    for name in ["read-only", "auto-read-only", "force-share", "active"] {
         if common.get(name).is_some_and(|v| !v.is_boolean()) {
             return wrong(name, "boolean");
         }

@@ -125,7 +125,7 @@ impl ViewNode {
         let driver = node.driver();
         let limits = driver.limits().sane();
         let modifying = Op::Write.bit() | Op::WriteZeroes.bit() | Op::Discard.bit();
-        let refuse = if options.read_only { modifying } else { 0 };
+        let refuse = if options.refuses_writes() { modifying } else { 0 };
         let mut ignore = 0;
         if options.discard == DiscardOption::Ignore {
             ignore |= Op::Discard.bit();

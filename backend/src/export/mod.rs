@@ -201,6 +201,12 @@ impl Export {
                 o.node_name
             )));
         }
+        if o.allow_inactive {
+            return Err(QmpError::generic("Export type does not support inactive exports"));
+        }
+        if graph.is_inactive(&o.node_name) {
+            graph.set_active(Some(&o.node_name), true).await.map_err(crate::daemon::errors::block)?;
+        }
         // After what is cheap to refuse: it may start the process's own thread, which stays.
         let iothreads = match (&o.iothread, &o.iothread_vq_mapping) {
             (Some(_), Some(_)) => {
@@ -242,6 +248,11 @@ impl Export {
             closing: Cell::new(false),
             resting: Cell::new(false),
         }))
+    }
+
+    /// Its hold on the node, by its number in the graph.
+    pub fn root(&self) -> Option<graph::EdgeId> {
+        self.root.borrow().as_ref().map(Root::id)
     }
 
     /// Its id.

@@ -27,6 +27,9 @@ pub struct VhostUserBlkOptions {
     #[serde(default)]
     #[expect(dead_code, reason = "always so: there is nothing to do for it")]
     pub fixed_iothread: bool,
+    /// Whether the node may stay inactive; this type of export cannot have that: it makes the node active. Default: off.
+    #[serde(default)]
+    pub allow_inactive: bool,
     /// Which iothread serves which queue.
     pub iothread_vq_mapping: Option<Vec<IoThreadVirtQueueMapping>>,
     /// Number of request queues, 1 to 256. Default: 1.

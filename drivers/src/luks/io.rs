@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, Perm, Reopen,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op,
+    OverlayPlace, Perm, Reopen,
     ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, default_child_perm,
 };
 use host::IoVecs;
@@ -190,6 +191,10 @@ impl Driver for Luks {
         if index == FILE {
             self.file_size.store(child.map_or(0, |(_, node)| node.size()), Release);
         }
+    }
+
+    fn overlay_place(&self) -> OverlayPlace {
+        OverlayPlace::BelowFormat
     }
 
     fn replaceable_children(&self) -> &'static [&'static str] {

@@ -60,7 +60,9 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     debug_assert_eq!(index, FILE);
     // An image that cannot be written is opened for reading where that was allowed.
     let file_read_only = cx.child(FILE)?.options().read_only;
-    let read_only = common.read_only || (file_read_only && common.auto_read_only);
+    let fell_back = !common.read_only && file_read_only && common.auto_read_only;
+    // Of an inactive image the same: it is opened again when it becomes active.
+    let read_only = common.refuses_writes() || fell_back;
     if file_read_only && !read_only {
         return Err(BlockError::new(Errno::EACCES, "Block node is read-only"));
     }
@@ -162,7 +164,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         bitmaps: bitmap::Bitmaps::new(set, directory),
         reading,
     };
-    Ok(Opened::new(node).read_only(read_only && !common.read_only))
+    Ok(Opened::new(node).read_only(fell_back))
 }
 
 /// Reads `len` bytes at `offset`; zeroes past the end.

@@ -106,7 +106,7 @@ impl Qcow2 {
         let after = cx.after();
         let file_read_only = cx.child_options(FILE).is_some_and(|o| o.read_only);
         let fell_back = !after.read_only && after.auto_read_only && file_read_only;
-        let read_only = after.read_only || fell_back;
+        let read_only = after.refuses_writes() || fell_back;
         if self.reading.is_some() {
             // A snapshot: there is nothing to write, and its table was found under a claim.
             return if read_only { Ok(Box::new(())) } else { Err(cannot_change("read-only")) };

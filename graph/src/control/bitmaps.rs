@@ -69,8 +69,23 @@ fn usable(bitmap: &Bitmap, how: Usable) -> Result<()> {
 }
 
 impl Graph {
+    /// A bitmap that nothing keeps from being removed.
+    pub(super) fn bitmap_to_remove(&self, node: &str, name: &str) -> Result<Arc<Bitmap>> {
+        let (_, bitmap) = self.bitmap(node, name)?;
+        usable(&bitmap, Usable::Removal)?;
+        Ok(bitmap)
+    }
+
+    /// Takes a bitmap away that has never been stored; drained.
+    pub(super) fn bitmap_forget(&self, node: &str, name: &str) -> Result<()> {
+        let (found, _) = self.bitmap(node, name)?;
+        found.bitmaps().remove(name);
+        self.bitmaps_changed(found.id());
+        Ok(())
+    }
+
     /// The node and one of its bitmaps.
-    fn bitmap(&self, node: &str, name: &str) -> Result<(Arc<Node>, Arc<Bitmap>)> {
+    pub(super) fn bitmap(&self, node: &str, name: &str) -> Result<(Arc<Node>, Arc<Bitmap>)> {
         let missing = |_| BlockError::new(Errno::ENOENT, format!("Node '{node}' not found"));
         let node = self.node(node).map_err(missing)?;
         let bitmap = node.bitmaps().find(name);

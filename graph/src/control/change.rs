@@ -214,7 +214,7 @@ pub(super) fn check_removable(state: &State, id: EdgeId) -> Result<()> {
     state.edges.get(&id).map_or(Ok(()), |edge| check_thawed(state, edge, "remove"))
 }
 
-fn cycle(state: &State, child: NodeId, name: &str, parent: NodeId) -> BlockError {
+pub(super) fn cycle(state: &State, child: NodeId, name: &str, parent: NodeId) -> BlockError {
     BlockError::invalid(format!(
         "Making '{}' a {name} child of '{}' would create a cycle",
         state.name_of(child),
@@ -239,10 +239,10 @@ fn check_thawed(state: &State, edge: &Edge, verb: &str) -> Result<()> {
 }
 
 /// Nodes a change is about: whose users must be quiet, and whose permissions change.
-struct Apply<'a> {
-    state: &'a mut State,
-    tran: &'a mut Transaction<State>,
-    touched: Vec<NodeId>,
+pub(super) struct Apply<'a> {
+    pub(super) state: &'a mut State,
+    pub(super) tran: &'a mut Transaction<State>,
+    pub(super) touched: Vec<NodeId>,
 }
 
 impl Apply<'_> {
@@ -266,7 +266,7 @@ impl Apply<'_> {
         Ok(())
     }
 
-    fn apply(&mut self, change: &Change) -> Result<()> {
+    pub(super) fn apply(&mut self, change: &Change) -> Result<()> {
         match change {
             Change::ReplaceChild { parent, child, node } => {
                 let (parent, to) = (self.find(parent)?, self.find(node)?);
@@ -367,7 +367,7 @@ impl Graph {
     }
 
     /// The change itself; every root above is quiet. Returns nodes nobody uses any more.
-    fn change_drained(&self, changes: &[Change]) -> Result<Vec<NodeId>> {
+    pub(super) fn change_drained(&self, changes: &[Change]) -> Result<Vec<NodeId>> {
         let touched = {
             let state = &mut *self.state_mut();
             let mut tran = Transaction::new();

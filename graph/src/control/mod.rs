@@ -4,6 +4,7 @@
 //! where requests could notice, happens in a drained section. Must not run on an iothread ([`Graph`] is not `Send`) and must
 //! not block: what waits is a future.
 
+pub(crate) mod actions;
 mod attach;
 pub(crate) mod bitmaps;
 mod blockstats;
@@ -17,6 +18,7 @@ pub mod query;
 mod reopen;
 mod resize;
 pub(crate) mod snapshots;
+pub(crate) mod surgery;
 
 use std::cell::{Ref, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -269,6 +269,7 @@ pub(super) fn inherit(parent: &NodeOptions, roles: Roles) -> NodeOptions {
         direct: parent.direct,
         no_flush: parent.no_flush,
         force_share: parent.force_share,
+        inactive: parent.inactive,
         ..NodeOptions::default()
     }
 }

@@ -113,8 +113,9 @@ fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
         ));
     }
     let all = PermPair::cumulative(pairs);
-    if all.perm.writes() && slot.node.options().read_only {
-        return Err(BlockError::new(Errno::EPERM, "Block node is read-only"));
+    if all.perm.writes() && slot.node.options().refuses_writes() {
+        let why = if slot.node.options().read_only { "read-only" } else { "inactive" };
+        return Err(BlockError::new(Errno::EPERM, format!("Block node is {why}")));
     }
     // Padding the last block of a node that may not grow would have to write past its end.
     let align = u64::from(slot.node.driver().limits().sane().request_alignment);
@@ -129,10 +130,16 @@ fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
 }
 
 fn set_children(state: &mut State, tran: &mut Transaction<State>, id: NodeId, all: PermPair) -> Result<()> {
-    let driver = state.slot(id)?.node.driver();
+    let node = Arc::clone(&state.slot(id)?.node);
+    let (driver, inactive) = (node.driver(), node.options().inactive);
     let children: Vec<_> = state.children(id).map(|(i, e)| (i, e.id, e.roles, e.child)).collect();
     for (index, edge, roles, child) in children {
-        let (perm, mut shared) = driver.child_perm(index, roles, all.perm, all.shared);
+        let (mut perm, mut shared) = driver.child_perm(index, roles, all.perm, all.shared);
+        if inactive {
+            // Another process has the image now: nothing is written, and what it writes is expected.
+            perm.remove(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE);
+            shared |= Perm::WRITE | Perm::RESIZE;
+        }
         if state.slot(child)?.node.options().force_share {
             shared = Perm::ALL;
         }

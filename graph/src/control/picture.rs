@@ -189,7 +189,7 @@ impl State {
             kind,
             size: node.size(),
             read_only: options.read_only,
-            active: true,
+            active: !options.inactive,
             drained: drained.contains(&node.id()),
             monitor_owned: slot.monitor_owned,
             counters: BlockGraphCounters::new(&node.stats().totals()),

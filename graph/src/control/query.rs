@@ -379,7 +379,7 @@ impl State {
             // What shows through now, whatever the image says.
             backing_file: cow.map(|b| self.driver_info(b).filename).filter(|n| !n.is_empty()),
             backing_file_depth: depth,
-            active: true,
+            active: !options.inactive,
             encrypted: image.encrypted.unwrap_or(false),
             detect_zeroes: options.detect_zeroes,
             bps: 0,

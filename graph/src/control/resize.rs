@@ -7,9 +7,9 @@ use std::rc::Rc;
 use super::{Graph, State, no_such_node};
 use crate::drain::NoSource;
 use crate::driver::Truncate;
-use crate::edge::RootOptions;
+use crate::edge::{Parent, RootOptions};
 use crate::error::{BlockError, Errno, Result};
-use crate::ids::NodeId;
+use crate::ids::{EdgeId, NodeId};
 use crate::perm::Perm;
 
 impl Graph {
@@ -41,6 +41,30 @@ impl Graph {
         hold.detach().await;
         drop(guard);
         result
+    }
+
+    /// The size each user from outside sees, before a change.
+    pub(super) fn root_sizes(&self) -> Vec<(EdgeId, u64)> {
+        let state = self.state();
+        let roots = state.edges.values().filter(|e| matches!(e.parent, Parent::Root(_)));
+        roots.filter_map(|e| Some((e.id, state.slot(e.child).ok()?.node.size()))).collect()
+    }
+
+    /// After a change in a drained section: tells users whose disk has another size now.
+    pub(super) fn tell_sizes(&self, before: &[(EdgeId, u64)]) {
+        let told: Vec<_> = {
+            let state = self.state();
+            let changed = before.iter().filter_map(|(id, size)| {
+                let edge = state.edges.get(id)?;
+                let now = state.slot(edge.child).ok()?.node.size();
+                match &edge.parent {
+                    Parent::Root(info) if now != *size => Some((Rc::clone(info), now)),
+                    _ => None,
+                }
+            });
+            changed.collect()
+        };
+        told.iter().for_each(|(root, size)| root.gate.source().resized(*size));
     }
 
     /// After a node's size or limits changed, in a drained section: tells its parents, bottom up, and its users.

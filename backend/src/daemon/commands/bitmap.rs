@@ -11,34 +11,34 @@ use crate::daemon::errors::block;
 /// `block-dirty-bitmap-add`
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct BlockDirtyBitmapAdd {
+pub struct BlockDirtyBitmapAdd {
     /// The node.
-    node: String,
+    pub node: String,
     /// The bitmap's name, unique in the node; at most 1023 bytes.
-    name: String,
+    pub name: String,
     /// Bytes one bit stands for: a power of 2, at least 512. Default: the cluster size of the node, not below 4 KiB and not
     /// above 64 KiB; 64 KiB where there are no clusters.
-    granularity: Option<u32>,
+    pub granularity: Option<u32>,
     /// Keep it in the image when the node is closed. Default: false.
-    persistent: Option<bool>,
+    pub persistent: Option<bool>,
     /// Do not record changes yet. Default: false.
-    disabled: Option<bool>,
+    pub disabled: Option<bool>,
 }
 
 /// A bitmap of a node.
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct BlockDirtyBitmap {
+pub struct BlockDirtyBitmap {
     /// The node.
-    node: String,
+    pub node: String,
     /// The bitmap.
-    name: String,
+    pub name: String,
 }
 
 /// A bitmap of the node the command names, or of any.
 #[derive(Deserialize, JsonSchema)]
 #[serde(untagged)]
-enum BlockDirtyBitmapOrStr {
+pub enum BlockDirtyBitmapOrStr {
     /// One of the same node.
     Local(String),
     /// One of that node.
@@ -48,13 +48,26 @@ enum BlockDirtyBitmapOrStr {
 /// `block-dirty-bitmap-merge`
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct BlockDirtyBitmapMerge {
+pub struct BlockDirtyBitmapMerge {
     /// The node of the bitmap that is changed.
-    node: String,
+    pub node: String,
     /// The bitmap that is changed.
-    target: String,
+    pub target: String,
     /// The bitmaps whose marks it gets.
-    bitmaps: Vec<BlockDirtyBitmapOrStr>,
+    pub bitmaps: Vec<BlockDirtyBitmapOrStr>,
+}
+
+impl BlockDirtyBitmapAdd {
+    /// The node, and what it gets.
+    pub fn split(self) -> (String, NewBitmap) {
+        let new = NewBitmap {
+            name: self.name,
+            granularity: self.granularity,
+            persistent: self.persistent.unwrap_or(false),
+            disabled: self.disabled.unwrap_or(false),
+        };
+        (self.node, new)
+    }
 }
 
 impl From<BlockDirtyBitmapOrStr> for BitmapRef {
@@ -71,13 +84,8 @@ pub fn register(commands: &mut Commands<State>) {
         "block-dirty-bitmap-add",
         "Makes a dirty bitmap and begins to record which parts of the node change.",
         |daemon: State, a: BlockDirtyBitmapAdd| async move {
-            let new = NewBitmap {
-                name: a.name,
-                granularity: a.granularity,
-                persistent: a.persistent.unwrap_or(false),
-                disabled: a.disabled.unwrap_or(false),
-            };
-            daemon.graph.bitmap_add(&a.node, new).await.map_err(block)
+            let (node, new) = a.split();
+            daemon.graph.bitmap_add(&node, new).await.map_err(block)
         },
     );
     commands.register(

@@ -9,6 +9,7 @@ mod object;
 mod picture;
 mod snapshot;
 mod surgery;
+mod transaction;
 
 use std::rc::Rc;
 
@@ -30,6 +31,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     snapshot::register(&mut commands);
     picture::register(&mut commands);
     surgery::register(&mut commands, registry);
+    transaction::register(&mut commands);
     commands.finish()
 }
 

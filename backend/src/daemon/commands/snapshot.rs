@@ -15,11 +15,26 @@ use crate::daemon::errors::block;
 /// `blockdev-snapshot-internal-sync`
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct BlockdevSnapshotInternal {
+pub struct BlockdevSnapshotInternal {
     /// The node; no other node may be built upon it.
-    device: String,
+    pub device: String,
     /// The name of the snapshot; no other one of the node has it.
-    name: String,
+    pub name: String,
+}
+
+impl BlockdevSnapshotInternal {
+    /// The node, and what is made of it, as of now.
+    pub fn split(self) -> (String, NewSnapshot) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let new = NewSnapshot {
+            name: self.name,
+            date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+            date_nsec: now.subsec_nanos(),
+            // There is no guest's clock here; the peer tells the host's as well.
+            vm_clock_nsec: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        };
+        (self.device, new)
+    }
 }
 
 /// A snapshot of a node, by id, by name, or by both.
@@ -46,15 +61,8 @@ pub fn register(commands: &mut Commands<State>) {
         "Makes a snapshot inside the image of a node. Requests wait meanwhile.",
         |daemon: State, a: BlockdevSnapshotInternal| async move {
             daemon.ready_graph()?;
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let new = NewSnapshot {
-                name: a.name,
-                date_sec: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
-                date_nsec: now.subsec_nanos(),
-                // There is no guest's clock here; the peer tells the host's as well.
-                vm_clock_nsec: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-            };
-            daemon.graph.snapshot_create(&a.device, new).await.map(drop).map_err(block)
+            let (device, new) = a.split();
+            daemon.graph.snapshot_create(&device, new).await.map(drop).map_err(block)
         },
     );
     commands.register(

@@ -36,8 +36,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Limits, Map, NewSnapshot, Node, NodeIo,
-    Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo, SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Errno, Limits, Map,
+    NewSnapshot, Node, NodeIo, Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo, SnapshotRef,
+    Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 use serde_json::Value;
@@ -169,6 +170,20 @@ impl Driver for Qcow2 {
 
     fn backing_child(&self) -> Option<usize> {
         self.backing
+    }
+
+    fn add_child(&self) -> Result<(String, Roles)> {
+        match self.backing_size() {
+            None => Ok(("backing".to_owned(), Roles::COW)),
+            Some(_) => Err(BlockError::new(Errno::EEXIST, "There is a backing file already")),
+        }
+    }
+
+    fn remove_child(&self, child: usize) -> Result<()> {
+        match self.backing == Some(child) {
+            true => Ok(()),
+            false => Err(BlockError::errno_only(Errno::ENOTSUP)),
+        }
     }
 
     fn replaceable_children(&self) -> &'static [&'static str] {

@@ -100,6 +100,39 @@ impl Graph {
         .await
     }
 
+    /// `blockdev-set-active`: hands an image over to another process, or takes it over from there; with `None` all of them.
+    /// What lies below goes with it, unless something else that is active uses it.
+    ///
+    /// # Errors
+    /// In QEMU's words: no such node, an active parent, a user that writes. Nothing has changed then.
+    pub async fn set_active(&self, name: Option<&str>, active: bool) -> Result<()> {
+        let _turn = self.inner.surgery.lock().await;
+        if let Some(name) = name {
+            let state = self.state();
+            let id = state.find(name).ok_or_else(|| {
+                BlockError::new(Errno::ENOENT, format!("Failed to find node with node-name='{name}'"))
+            })?;
+            let above = state.users(id).filter_map(|e| match e.parent {
+                Parent::Node(parent) => state.nodes.get(&parent),
+                Parent::Root(_) => None,
+            });
+            if !active && above.map(|s| s.node.options()).any(|o| !o.inactive) {
+                return Err(BlockError::new(Errno::EPERM, "Node has active parent node"));
+            }
+        }
+        let result = self.reopen_by(|state| state.plan_active(name, active)).await;
+        result.map_err(|e| match (active, name) {
+            (true, _) => e,
+            (false, Some(_)) => e.context("Failed to inactivate node"),
+            (false, None) => e.context("Failed to inactivate all nodes"),
+        })
+    }
+
+    /// Whether somebody who wants to use a node has to make it active first.
+    pub fn is_inactive(&self, name: &str) -> bool {
+        self.node(name).is_ok_and(|node| node.options().inactive)
+    }
+
     /// Drains, plans with nobody above, and carries it out.
     async fn reopen_by(&self, plan: impl Fn(&State) -> Result<Vec<Plan>>) -> Result<()> {
         let mut guards = Vec::new();
@@ -128,10 +161,15 @@ impl Graph {
         for plan in plans {
             let context = self.reopen_context(&plan);
             let made = async {
-                if plan.after.read_only && !plan.node.options().read_only {
+                if plan.after.refuses_writes() && !plan.node.options().refuses_writes() {
                     self.on_iothread(plan.id, |io| async move { io.flush().await }).await?;
                 }
-                plan.node.driver().reopen(&context, Value::Object(plan.own.clone())).await
+                let reopened = plan.node.driver().reopen(&context, Value::Object(plan.own.clone())).await;
+                match reopened {
+                    // Nothing to prepare where the driver's own options stay.
+                    Err(e) if plan.keep && e.errno() == Errno::ENOTSUP => Ok(Box::new(()) as Box<dyn Reopen>),
+                    other => other,
+                }
             };
             match made.await {
                 Ok(reopen) => {
@@ -299,5 +337,3 @@ async fn take_back(prepared: Vec<Prepared>) {
     }
 }
 
-#[cfg(test)]
-mod tests;

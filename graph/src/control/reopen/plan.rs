@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub(crate) after: NodeOptions,
     /// What the driver is asked for.
     pub(crate) own: Map<String, Value>,
+    /// The driver's own options and the children stay.
+    pub(crate) keep: bool,
     pub(crate) edges: Vec<EdgeChange>,
     /// By index: the children as they will be, with their options where these change, too.
     pub(crate) children: Vec<Option<(NodeId, Option<NodeOptions>)>>,
@@ -72,6 +74,45 @@ impl State {
             wishes.push((id, Wish { common, own, keep: false }));
         }
         self.plan_wishes(wishes)
+    }
+
+    /// The nodes that become active or inactive together.
+    pub(crate) fn plan_active(&self, name: Option<&str>, active: bool) -> Result<Vec<Plan>> {
+        let tops: Vec<NodeId> = match name {
+            Some(name) => vec![self.find(name).ok_or_else(|| no_such_node(name))?],
+            None => self.nodes.keys().copied().collect(),
+        };
+        let mut changing: Vec<NodeId> = Vec::new();
+        for id in self.topological(&tops) {
+            let slot = self.slot(id)?;
+            if slot.node.options().inactive != active {
+                continue;
+            }
+            let stays = |e: &crate::edge::Edge| match e.parent {
+                crate::edge::Parent::Node(parent) => {
+                    let inactive = self.nodes.get(&parent).is_some_and(|s| s.node.options().inactive);
+                    !inactive && !changing.contains(&parent)
+                }
+                crate::edge::Parent::Root(_) => e.pair.perm.writes(),
+            };
+            if !active && self.users(id).any(stays) {
+                if self
+                    .users(id)
+                    .any(|e| matches!(e.parent, crate::edge::Parent::Root(_)) && e.pair.perm.writes())
+                {
+                    return Err(BlockError::errno_only(Errno::EPERM));
+                }
+                // Something else that is active uses it.
+                continue;
+            }
+            changing.push(id);
+        }
+        let wish = |id: &NodeId| {
+            let mut config = self.slot(*id)?.config.clone();
+            config.common.active = Some(active);
+            Ok((*id, Wish { common: config.common, own: config.own, keep: true }))
+        };
+        self.plan_wishes(changing.iter().map(wish).collect::<Result<Vec<_>>>()?)
     }
 
     /// Adds what is defined in place, and what takes options from a node that changes.
@@ -151,13 +192,16 @@ impl State {
         if common.driver != node.driver_name() {
             return Err(cannot_change("driver"));
         }
+        if after.inactive != before.inactive && !keep {
+            return Err(cannot_change("active"));
+        }
         if after.force_share != before.force_share {
             return Err(cannot_change("force-share"));
         }
         let config = Config { common, own: own.clone(), inherited, parent: slot.config.parent };
         let mut own = own;
         own.retain(|name, _| !replaceable.contains(&name.as_str()));
-        Ok(Plan { id, node, config, after, own, edges, children: Vec::new() })
+        Ok(Plan { id, node, config, after, own, keep, edges, children: Vec::new() })
     }
 
     /// What becomes of the children that may be replaced.

@@ -1,2 +1,0 @@
-//! Reopening nodes: see the head of the module above.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
