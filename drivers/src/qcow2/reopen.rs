@@ -6,8 +6,8 @@
 //!
 //! | change | on disk, when |
 //! |---|---|
-//! | any, from writable | commit, refcounts as in memory, dirty bit off: prepare |
 //! | to read-only | bitmaps stored: prepare (marked as in use again if it is not to be) |
+//! | any, from writable | commit, refcounts as in memory, dirty bit off: prepare |
 //! | to writable | unknown autoclear bits off, bitmaps marked as in use: finish; if that fails the image takes no writes |
 
 use std::any::Any;
@@ -117,36 +117,39 @@ impl Qcow2 {
         self.commits.check()?;
         let was_read_only = self.settings.read_only;
         if !was_read_only {
-            cx.on_io(move |io| async move {
+            let brought = cx.on_io(move |io| async move {
                 let driver = io.node()?.driver();
                 let this = of(&*driver)?;
-                this.commits.settle(this, &io).await?;
-                if read_only { Qcow2::store_bitmaps(this, &io).await } else { Ok(()) }
-            })
-            .await?;
-        }
-        let made = self.anew(cx, &options, read_only).await;
-        let mut anew = Anew {
-            new: match made {
-                Ok(new) => Arc::new(new),
-                Err(e) => {
-                    if !was_read_only && read_only {
-                        self.put_back(cx).await;
-                    }
-                    return Err(e);
+                if read_only {
+                    // First: it sets space aside, which must not stay so.
+                    Qcow2::store_bitmaps(this, &io).await?;
                 }
-            },
-            read_only: (was_read_only, read_only),
-            fell_back,
+                this.commits.settle(this, &io).await
+            });
+            if let Err(e) = brought.await {
+                if read_only {
+                    self.put_back(cx).await;
+                }
+                return Err(e);
+            }
+        }
+        let new = match self.anew(cx, &options, read_only).await {
+            Ok(new) => Arc::new(new),
+            Err(e) => {
+                if !was_read_only && read_only {
+                    self.put_back(cx).await;
+                }
+                return Err(e);
+            }
         };
-        if was_read_only && !read_only && anew.new.header().dirty() {
-            anew.fell_back = false;
+        if was_read_only && !read_only && new.header().dirty() {
             return Err(BlockError::new(
                 Errno::EIO,
                 "The image was not closed and has to be repaired before it is written: delete the node and add it again",
             ));
         }
-        Ok(Box::new(anew))
+        let read_only = (was_read_only, read_only);
+        Ok(Box::new(Anew { new, read_only, fell_back }))
     }
 
     /// After something failed half way to read-only.

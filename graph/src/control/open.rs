@@ -156,8 +156,10 @@ impl OpenContext {
     /// # Errors
     /// No such node, a bad definition, a permission conflict, whatever the child's driver says.
     pub async fn open_child(&self, name: &str, roles: Roles, reference: BlockdevRef) -> Result<usize> {
-        let (perm, shared) = default_child_perm(roles, Perm::NONE, Perm::ALL, !self.options.read_only);
-        self.open_child_as(name, roles, reference, PermPair { perm, shared }).await
+        let writable = !self.options.refuses_writes();
+        let (perm, shared) = default_child_perm(roles, Perm::NONE, Perm::ALL, writable);
+        let pair = perms::inactive(PermPair { perm, shared }, self.options.inactive);
+        self.open_child_as(name, roles, reference, pair).await
     }
 
     /// As [`OpenContext::open_child`] with other permissions until the node is open.

@@ -129,17 +129,23 @@ fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
     Ok(all)
 }
 
+/// What an inactive node does with a child and shares of it: another process has the image, so nothing is written, and what
+/// that process writes is expected.
+pub(crate) fn inactive(pair: PermPair, inactive: bool) -> PermPair {
+    let writes = Perm::WRITE | Perm::RESIZE;
+    match inactive {
+        true => PermPair { perm: pair.perm - writes - Perm::WRITE_UNCHANGED, shared: pair.shared | writes },
+        false => pair,
+    }
+}
+
 fn set_children(state: &mut State, tran: &mut Transaction<State>, id: NodeId, all: PermPair) -> Result<()> {
     let node = Arc::clone(&state.slot(id)?.node);
     let (driver, inactive) = (node.driver(), node.options().inactive);
     let children: Vec<_> = state.children(id).map(|(i, e)| (i, e.id, e.roles, e.child)).collect();
     for (index, edge, roles, child) in children {
-        let (mut perm, mut shared) = driver.child_perm(index, roles, all.perm, all.shared);
-        if inactive {
-            // Another process has the image now: nothing is written, and what it writes is expected.
-            perm.remove(Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE);
-            shared |= Perm::WRITE | Perm::RESIZE;
-        }
+        let (perm, shared) = driver.child_perm(index, roles, all.perm, all.shared);
+        let PermPair { perm, mut shared } = self::inactive(PermPair { perm, shared }, inactive);
         if state.slot(child)?.node.options().force_share {
             shared = Perm::ALL;
         }

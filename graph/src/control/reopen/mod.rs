@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::change::{drop_edge, is_orphan, put_edge, redirect};
 use super::{Config, Graph, State, perms};
 use crate::driver::Driver;
-use crate::edge::Parent;
+use crate::edge::{Edge, Parent};
 use crate::error::{BlockError, Errno, Result};
 use crate::ids::{EdgeId, NodeId};
 use crate::node::Node;
@@ -140,6 +140,7 @@ impl Graph {
             let (plans, targets, quiet) = {
                 let state = self.state();
                 let plans = plan(&state)?;
+                check_writers(&state, &plans)?;
                 let targets = state.topological(&plan::concerned(&plans));
                 let quiet = state.roots_above(&targets).iter().all(|r| r.gate.is_quiet());
                 (plans, targets, quiet)
@@ -241,6 +242,23 @@ impl Graph {
     }
 }
 
+/// Before anything is prepared: a node that becomes read-only has nobody who writes and stays as he is.
+fn check_writers(state: &State, plans: &[Plan]) -> Result<()> {
+    for plan in plans.iter().filter(|p| p.after.read_only) {
+        let stays = |e: &&Edge| match e.parent {
+            Parent::Root(_) => true,
+            Parent::Node(id) => plans.iter().all(|p| p.id != id),
+        };
+        if state.users(plan.id).filter(stays).any(|e| e.pair.perm.writes()) {
+            return Err(BlockError::new(
+                Errno::EPERM,
+                format!("Read-only block node '{}' cannot support read-write users", plan.node.name()),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn prepare_switch(
     state: &mut State,
     tran: &mut Transaction<State>,
@@ -262,15 +280,6 @@ fn prepare_switch(
                 tran.add(Roled { edge: edge.id, roles: edge.roles });
                 edge.roles = roles;
             }
-        }
-    }
-    for Prepared { plan, .. } in prepared.iter().filter(|p| p.plan.node.options().read_only) {
-        // In the words for a node that becomes so; the permissions would refuse it in others.
-        if state.users(plan.id).any(|e| e.pair.perm.writes() && matches!(e.parent, Parent::Root(_))) {
-            return Err(BlockError::new(
-                Errno::EPERM,
-                format!("Read-only block node '{}' cannot support read-write users", plan.node.name()),
-            ));
         }
     }
     perms::refresh(state, tran, touched)
@@ -336,4 +345,3 @@ async fn take_back(prepared: Vec<Prepared>) {
         reopen.abort();
     }
 }
-

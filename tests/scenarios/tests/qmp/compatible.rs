@@ -175,12 +175,10 @@ fn arguments(
 fn arguments_of_the_peer_are_accepted_but_for_these() {
     let left_out: BTreeSet<&str> = [
         // Nodes are always active: there is no migration between processes.
-        "blockdev-add active",
         // Persistent reservations need a helper process.
         "blockdev-add pr-manager",
         // A debugging aid of the page cache.
         "blockdev-add x-check-cache-dropped",
-        "block-export-add allow-inactive",
         // Sockets without a path.
         "block-export-add addr.unix:abstract",
         "block-export-add addr.unix:tight",

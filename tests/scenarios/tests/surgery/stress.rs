@@ -3,10 +3,11 @@
 //! `RINGBLK_SURGERIES` sets how many; the default suits a run per change, 10000 a night. `RINGBLK_SEED` repeats a run. The
 //! pauses the guest saw are printed, not judged: other programs run on the same processors.
 
+use std::path::Path;
 use std::process::Command;
 
 use client::{Setup, qmp};
-use ringblk_scenarios::{Rig, Rng, Wanted};
+use ringblk_scenarios::{Rig, Rng};
 use serde_json::{Value, json};
 
 use crate::load::Load;
@@ -24,12 +25,14 @@ fn number(name: &str, default: u64) -> u64 {
 /// The graph as it is, and what can be done to it.
 struct Surgeon<'a> {
     qmp: &'a mut qmp::Client,
-    folder: &'a std::path::Path,
+    folder: &'a Path,
     rng: Rng,
     made: u64,
     overlays: usize,
-    /// Drivers of filters that can be had: name and further options.
-    filters: Vec<Value>,
+    /// Filters that can be had: their options, and what their child is called.
+    filters: Vec<(Value, &'static str)>,
+    /// The image lies on a quorum, whose last child may come and go.
+    quorum: bool,
     counts: std::collections::BTreeMap<&'static str, (u64, u64)>,
 }
 
@@ -65,6 +68,12 @@ impl Surgeon<'_> {
         out
     }
 
+    /// The children of a node: the name of the edge, and the node.
+    fn children(&mut self, parent: &str) -> Vec<(String, String)> {
+        let edges = self.edges("data").into_iter();
+        edges.filter(|(p, ..)| p == parent).map(|(_, child, node)| (child, node)).collect()
+    }
+
     /// The node the guest's export is attached to.
     fn top(&mut self) -> String {
         let graph = self.graph();
@@ -76,9 +85,9 @@ impl Surgeon<'_> {
 
     fn filter(&mut self, over: &str) -> Value {
         let at = self.rng.below(self.filters.len() as u64) as usize;
-        let mut options = self.filters[at].clone();
+        let (mut options, child) = self.filters[at].clone();
         options["node-name"] = json!(self.name("flt"));
-        options["file"] = json!(over);
+        options[child] = json!(over);
         options
     }
 
@@ -143,6 +152,15 @@ impl Surgeon<'_> {
                 assert!(!self.folder.join(&name).exists());
                 ("snapshot taken back", Ok(Value::Null), true)
             }
+            // A copy comes or goes; the two others are right.
+            75..=78 if self.quorum => {
+                let third = self.children("file").into_iter().find(|(_, node)| node == "copy2");
+                let arguments = match third {
+                    Some((child, _)) => json!({"parent": "file", "child": child}),
+                    None => json!({"parent": "file", "node": "copy2"}),
+                };
+                ("change of a quorum", try_command(self.qmp, "x-blockdev-change", &arguments), true)
+            }
             75..=94 => {
                 let list = self.reopening();
                 ("reopen", try_command(self.qmp, "blockdev-reopen", &json!({"options": list})), true)
@@ -185,13 +203,58 @@ impl Surgeon<'_> {
     }
 }
 
-/// Which filters there are in this build.
-fn filters(qmp: &mut qmp::Client) -> Vec<Value> {
-    let mut found = vec![json!({"driver": "raw"})];
-    let group = json!({"qom-type": "throttle-group", "id": "group"});
-    if try_command(qmp, "object-add", &group).is_ok() {
-        found.push(json!({"driver": "throttle", "throttle-group": "group"}));
+/// What the image lies on, as node `file`: three copies, where there is a quorum, else the file itself.
+fn storage(qmp: &mut qmp::Client, image: &Path) -> bool {
+    let copies: Vec<_> = ["copy0", "copy1", "copy2"].map(|n| image.with_file_name(n)).into();
+    for (at, copy) in copies.iter().enumerate() {
+        std::fs::copy(image, copy).unwrap();
+        let node = json!({
+            "driver": "file", "node-name": format!("copy{at}"), "filename": copy.display().to_string(), "discard": "unmap",
+        });
+        qmp.execute("blockdev-add", node).unwrap();
     }
+    let quorum = json!({
+        "driver": "quorum", "node-name": "file", "children": ["copy0", "copy1", "copy2"], "vote-threshold": 2,
+        "rewrite-corrupted": true,
+    });
+    if try_command(qmp, "blockdev-add", &quorum).is_ok() {
+        std::fs::remove_file(image).unwrap();
+        return true;
+    }
+    for copy in copies {
+        let name = copy.file_name().unwrap().to_str().unwrap();
+        qmp.execute("blockdev-del", json!({"node-name": name})).unwrap();
+        std::fs::remove_file(copy).unwrap();
+    }
+    let file = json!({
+        "driver": "file", "node-name": "file", "filename": image.display().to_string(), "discard": "unmap",
+    });
+    qmp.execute("blockdev-add", file).unwrap();
+    false
+}
+
+/// Which filters there are in this build: their options, and what their child is called.
+fn filters(qmp: &mut qmp::Client) -> Vec<(Value, &'static str)> {
+    let _ = try_command(qmp, "object-add", &json!({"qom-type": "throttle-group", "id": "group"}));
+    let known = [
+        (json!({"driver": "raw"}), "file"),
+        (json!({"driver": "throttle", "throttle-group": "group"}), "file"),
+        (json!({"driver": "copy-on-read"}), "file"),
+        (json!({"driver": "blkdebug"}), "image"),
+    ];
+    let probe = json!({"driver": "null-co", "node-name": "probed", "size": 1 << 20, "read-zeroes": true});
+    qmp.execute("blockdev-add", probe).unwrap();
+    let mut found = Vec::new();
+    for (options, child) in known {
+        let mut node = options.clone();
+        node["node-name"] = json!("probe");
+        node[child] = json!("probed");
+        if try_command(qmp, "blockdev-add", &node).is_ok() {
+            qmp.execute("blockdev-del", json!({"node-name": "probe"})).unwrap();
+            found.push((options, child));
+        }
+    }
+    qmp.execute("blockdev-del", json!({"node-name": "probed"})).unwrap();
     found
 }
 
@@ -202,12 +265,12 @@ fn random_surgery_under_load() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     qcow2(&image, SIZE);
-    let file = format!("file,node-name=file,filename={},discard=unmap", image.display());
-    let threads = ["--object", "iothread,id=t0", "--object", "iothread,id=t1", "--blockdev", &file];
-    let options =
-        "writable=on,num-queues=2,iothread-vq-mapping.0.iothread=t0,iothread-vq-mapping.1.iothread=t1";
-    let wanted = Wanted::node("disk", "qcow2,file=file").options(options);
-    let mut rig = Rig::start_with(&[wanted], &threads);
+    let mut rig = Rig::start_with(&[], &["--object", "iothread,id=t0", "--object", "iothread,id=t1"]);
+    let quorum = storage(&mut rig.qmp, &image);
+    rig.command("blockdev-add", json!({"driver": "qcow2", "node-name": "image", "file": "file"}));
+    let mapping = json!([{"iothread": "t0"}, {"iothread": "t1"}]);
+    let options = json!({"writable": true, "num-queues": 2, "iothread-vq-mapping": mapping});
+    rig.add_export("disk", "image", &options).unwrap();
     let mut load = Load::start(rig.disk("disk", &Setup { queues: 2, ..Setup::default() }), SIZE, seed);
     let mut pauses = Vec::new();
     let filters = filters(&mut rig.qmp);
@@ -218,6 +281,7 @@ fn random_surgery_under_load() {
         made: 0,
         overlays: 0,
         filters,
+        quorum,
         counts: Default::default(),
     };
     for n in 0..count {
@@ -255,9 +319,10 @@ fn random_surgery_under_load() {
     drop(rig);
     let mut images: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path()).collect();
     images.sort();
-    for image in images {
+    // The last copy may have stood aside.
+    for image in images.iter().filter(|i| !i.ends_with("copy2")) {
         let check =
-            Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&image).output().unwrap();
+            Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).output().unwrap();
         assert!(check.status.success(), "{}: {}", image.display(), String::from_utf8_lossy(&check.stderr));
     }
 }
