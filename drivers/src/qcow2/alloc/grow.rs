@@ -13,6 +13,9 @@ use crate::qcow2::format::{MAX_REFTABLE_BYTES, refcount};
 
 /// Least and most the file grows by, bytes.
 const STEP: std::ops::RangeInclusive<u64> = (4 << 20)..=(1 << 30);
+/// What is written to make the file longer begins at multiples of this, bytes: no file system tells data from holes in larger
+/// units, so that what lies before is seen to be a hole.
+const TAIL: u64 = 64 << 10;
 
 /// A refcount block that is durable while the table does not surely point to it: the write of the entry failed.
 #[derive(Clone, Copy, Debug)]
@@ -68,16 +71,15 @@ impl Space {
         let step = (have / 16).clamp(*STEP.start(), *STEP.end());
         let ahead = have.saturating_add(step).next_multiple_of(self.geo.cluster_size());
         let ahead = ahead.min(self.limit() << self.geo.cluster_bits()).max(need);
-        let reached = match self.lengthen(file, ahead).await {
-            Ok(()) => ahead,
+        let (reached, hole) = match self.lengthen(file, have, ahead).await {
+            Ok(hole) => (ahead, hole),
             // A limit on the size of files, perhaps.
-            Err(_) if ahead > need => self.lengthen(file, need).await.map(|()| need)?,
+            Err(_) if ahead > need => (need, self.lengthen(file, have, need).await?),
             Err(e) => return Err(e),
         };
         let virgin = lock(&self.state).virgin;
+        // What lies before the part just written is a hole, unless the file is none.
         let from = (virgin << self.geo.cluster_bits()).max(have);
-        // What lies before the block just written is a hole, unless the file is none.
-        let hole = reached - u64::from(file.limits().request_alignment).max(512);
         let zero = virgin != u64::MAX
             && (from >= hole
                 || file
@@ -92,11 +94,13 @@ impl Space {
         Ok(())
     }
 
-    /// Writes the last block of a longer file: one write in place of a change of size, which requests could run into.
-    async fn lengthen(&self, file: &NodeIo, end: u64) -> Result<()> {
-        let block = u64::from(file.limits().request_alignment).max(512);
-        let zeroes = IoVecs::alloc(block as usize, META_ALIGN)?;
-        file.write(end - block, &zeroes, WriteFlags::empty()).await
+    /// Writes zeroes to the end of a longer file: one write in place of a change of size, which requests could run into. Where
+    /// they begin, not before `have`: there may be data.
+    async fn lengthen(&self, file: &NodeIo, have: u64, end: u64) -> Result<u64> {
+        let start = ((end - 1) & !(TAIL - 1)).max(have);
+        let zeroes = IoVecs::alloc((end - start) as usize, META_ALIGN)?;
+        file.write(start, &zeroes, WriteFlags::empty()).await?;
+        Ok(start)
     }
 
     /// Gives the image a refcount block for a range that has none. May move the end. `slow` is held.
