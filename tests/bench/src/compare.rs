@@ -248,11 +248,19 @@ fn run(
         Contestant::RingblkOneQueue => (Kind::Ringblk, 1),
         Contestant::RingblkRaw => (Kind::Ringblk, workload.queues),
     };
-    let layout = if contestant == Contestant::RingblkRaw { Layout::Raw } else { workload.layout };
+    let raw = contestant == Contestant::RingblkRaw;
+    let layout = if raw { Layout::Raw } else { workload.layout };
     let peer = peers.iter().find(|peer| peer.kind == kind).ok_or("the program is not there")?;
     let direct = workload.backing == Backing::Direct;
     let image = match (file, layout) {
         (None, _) => Image::Null,
+        // The very file the data of the format lies in, as raw data: the same pages of the page cache, so that what differs is
+        // the format. Writes would destroy it.
+        (Some(path), _) if raw && workload.rw.reads == 100 => {
+            let folder = path.parent().ok_or("a file without a folder")?;
+            let chain = image::prepare(workload.layout, path, folder)?;
+            Image::File { path: chain.last().ok_or("no image")?.clone(), direct }
+        }
         (Some(path), Layout::Raw) => Image::File { path: path.to_owned(), direct },
         (Some(path), layout) => {
             let folder = path.parent().ok_or("a file without a folder")?;

@@ -125,11 +125,14 @@ pub fn find() -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+/// Test files are written in pieces of this size, bytes.
+pub const PREPARE_CHUNK: usize = 1 << 20;
+
 /// A file of `size` bytes without holes at `path`, its data in the page cache.
 pub fn prepare(path: PathBuf, size: u64) -> Result<PathBuf> {
     use std::io::Write;
     let mut file = std::fs::File::create(&path)?;
-    let mut chunk = vec![0u8; 1 << 20];
+    let mut chunk = vec![0u8; PREPARE_CHUNK];
     let mut state = 0x0123_4567_89ab_cdefu64;
     let mut left = size;
     while left > 0 {
