@@ -14,8 +14,9 @@ use libc::iovec;
 #[cfg(test)]
 mod tests;
 
-/// Block in which foreign memory is copied out before it is looked at.
-const PEEK: usize = 4096;
+/// Block in which foreign memory is copied out before it is looked at. Small: it is cleared for every look, most of which end
+/// with the first bytes.
+const PEEK: usize = 512;
 
 /// Scatter list over memory that is owned or kept alive by the list. `!Send`, cheap to clone. A view of a part shares everything.
 #[derive(Clone)]

@@ -3,7 +3,6 @@
 //! Opens both sides, creates the target unless it is there, and lets the jobs' copy engine do the work. What cannot be read
 //! ends the command, or with `--salvage` is reported and becomes zeroes.
 
-use host::{IoThread, IoThreadOptions};
 use jobs::Control;
 use jobs::copy::{CopyOptions, CopyReport, MAX_TASKS, TargetZero, copy};
 
@@ -261,17 +260,10 @@ async fn transfer(
     let shown = progress.clone();
     control.watch(Box::new(move |done, total| shown.set(done, total)));
     let names: Vec<&str> = sources.iter().map(Image::node_name).collect();
-    let mut threads = vec![session.thread().clone()];
-    let mut options = options;
-    // Half of the requests on a thread of their own: reading and looking for zeroes goes on while the other one writes.
-    if options.tasks > 1
-        && let Ok(second) =
-            IoThread::start(IoThreadOptions { name: "copy".into(), ..IoThreadOptions::default() })
-    {
-        options.tasks = options.tasks.div_ceil(2);
-        threads.push(second);
-    }
+    // A few long requests: beside each other in the kernel they take less time than one after the other here. One thread, so
+    // that a new image grows in the order of the disk.
+    session.thread().post(|local| local.set_inline(false));
+    let threads = [session.thread().clone()];
     let result = copy(session.graph(), &names, target.node_name(), &threads, &options, &control).await;
-    threads.drain(1..).for_each(IoThread::stop);
     Ok(result?)
 }

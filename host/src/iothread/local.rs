@@ -185,8 +185,8 @@ impl Local {
         self.0.reactor.borrow_mut().unpin(id);
     }
 
-    /// For measurements: with `false`, nothing is done inline on this thread any more.
-    #[doc(hidden)]
+    /// Whether operations may be done on this thread itself where that costs least, as they are by default. With `false` all
+    /// of them go to the ring: for threads with a few long transfers, which the kernel then does beside each other.
     pub fn set_inline(&self, on: bool) {
         self.0.ring_only.set(!on || self.0.is_virtual);
     }
