@@ -12,6 +12,9 @@ use crate::qcow2::node::FILE;
 
 use super::{Extent, FIRST_EXTENT, FreeKind, Freed, LAST_EXTENT, SLOTS, Space, lock};
 
+/// Who asks for this much at once, bytes, writes in large pieces: the file system finds room for those better by itself.
+const BULK: u64 = 512 << 10;
+
 /// One thread's run.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
@@ -112,7 +115,17 @@ impl Space {
             // Perhaps less is to be had.
             Err(_) => self.take(file, clusters, contiguous, false).await?,
         };
-        let taken = Extent { zero: taken.zero || self.make_zero(file, taken).await, ..taken };
+        let zero = match taken.zero {
+            true => {
+                if clusters << self.geo.cluster_bits() < BULK {
+                    // A hole it is either way.
+                    self.back(file, taken).await;
+                }
+                true
+            }
+            false => self.make_zero(file, taken).await,
+        };
+        let taken = Extent { zero, ..taken };
         let left = {
             let mut slot = lock(self.slot());
             slot.size = size;

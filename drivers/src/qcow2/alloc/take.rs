@@ -189,6 +189,13 @@ impl Space {
             Ok(_) => {}
             Err(_) => return false,
         }
+        self.back(file, extent).await
+    }
+
+    /// Zeroes a run where that is cheap; whether it was. For a hole: the file system finds room for all of it at once rather
+    /// than for each of the small writes into it, which is dear with direct I/O and in memory.
+    pub(super) async fn back(&self, file: &NodeIo, extent: Extent) -> bool {
+        let bytes = extent.clusters << self.geo.cluster_bits();
         // Devices zero slowly where they can at all; a part of a file is zeroed by its file system.
         let device = file.node().is_ok_and(|n| n.driver_name() == "host_device");
         !device && file.write_zeroes(extent.offset, bytes, ZeroFlags::NO_FALLBACK).await.is_ok()
