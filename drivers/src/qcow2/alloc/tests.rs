@@ -373,6 +373,22 @@ fn fresh_clusters_read_as_zeroes_and_come_without_waiting() {
 }
 
 #[test]
+fn large_pieces_lie_in_holes_of_a_longer_file() {
+    let image = Image::new(16, 4);
+    let zero = image.run(1, Faults::default(), |open| async move {
+        let mut zero = true;
+        for _ in 0..64 {
+            let extent = open.space.alloc_in(&open.file, 8, true).await.unwrap();
+            zero &= extent.zero;
+        }
+        zero
+    });
+    assert!(zero, "nothing was ever written there");
+    let bytes = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(image.path()).unwrap()) * 512;
+    assert!(bytes < 4 << 20, "{bytes} bytes on disk for 32 MiB without data");
+}
+
+#[test]
 fn freed_space_is_used_again_rather_than_growing_for_ever() {
     let image = Image::new(12, 4);
     image.run(1, Faults { latency: 0..=100, ..Faults::default() }, |open| async move {
