@@ -4,14 +4,17 @@
 //! Called by `blockdev-insert-node`, `blockdev-remove-node`, `blockdev-replace-node`, `x-blockdev-change` and
 //! `change-backing-file`. Each is one transaction under requests; what it refuses it refuses before anything has changed.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::change::Change;
 use super::{Graph, State, no_such_node};
-use crate::edge::{Edge, Parent};
+use crate::drain::NoSource;
+use crate::edge::{Edge, Parent, RootOptions};
 use crate::error::{BlockError, Errno, Result};
 use crate::ids::{EdgeId, NodeId};
 use crate::options::{BlockdevRef, NodeOptions};
+use crate::perm::Perm;
 use crate::role::Roles;
 
 /// The arguments of `blockdev-insert-node`.
@@ -111,14 +114,25 @@ impl State {
 }
 
 impl Graph {
-    /// Changes edges once `plan` has said which, with everybody above the nodes it names quiet; these are flushed first, since
-    /// a filter may hold back writes.
+    /// Changes edges once `plan` has said which, with everybody above the nodes it names quiet. `flush`: these are flushed
+    /// first, since a filter may hold back writes; once while users still run, so that little is left when they stand.
     async fn cut(
         &self,
+        flush: bool,
         concerned: impl Fn(&State) -> Result<Vec<NodeId>>,
         plan: impl Fn(&State) -> Result<Vec<Change>>,
     ) -> Result<()> {
         let mut guards = Vec::new();
+        if flush {
+            let named = {
+                let state = self.state();
+                plan(&state)?;
+                concerned(&state)?
+            };
+            for id in named {
+                self.flush_ahead(id).await;
+            }
+        }
         let changes = loop {
             let (changes, named, targets, quiet) = {
                 let state = self.state();
@@ -129,7 +143,7 @@ impl Graph {
                 (changes, named, targets, quiet)
             };
             if quiet {
-                for id in named {
+                for id in named.into_iter().filter(|_| flush) {
                     self.flush_before(id).await?;
                 }
                 break changes;
@@ -147,9 +161,29 @@ impl Graph {
         Ok(())
     }
 
+    /// Flushes a node while its users run, so that little is left to flush once they stand. A failure is found again then.
+    pub(super) async fn flush_ahead(&self, id: NodeId) {
+        let Ok(node) = self.node_by_id(id) else { return };
+        if node.options().refuses_writes() {
+            return;
+        }
+        let options = RootOptions {
+            perm: Perm::NONE,
+            // It sends no requests that others would have to look out for.
+            granularity: 1 << 30,
+            stay_at_node: true,
+            ..RootOptions::new("a flush ahead of a change", false)
+        };
+        // Held meanwhile: nothing else keeps it open.
+        if let Ok(hold) = self.attach(node.name(), options, Rc::new(NoSource)).await {
+            let _ = self.on_iothread(id, |io| async move { io.flush().await }).await;
+            hold.detach().await;
+        }
+    }
+
     async fn flush_before(&self, id: NodeId) -> Result<()> {
         let node = self.node_by_id(id)?;
-        if node.options().read_only {
+        if node.options().refuses_writes() {
             return Ok(());
         }
         let flushed = self.on_iothread(id, |io| async move { io.flush().await }).await;
@@ -179,6 +213,7 @@ impl Graph {
         };
         let result = self
             .cut(
+                false,
                 |state| Ok(vec![edge(state)?.child, filter]),
                 |state| {
                     let edge = edge(state)?;
@@ -247,6 +282,7 @@ impl Graph {
         let _turn = self.inner.surgery.lock().await;
         self.reap().await;
         self.cut(
+            true,
             |state| Ok(vec![state.find(name).ok_or_else(|| no_such_node(name))?]),
             |state| {
                 let id = state.find(name).ok_or_else(|| no_such_node(name))?;
@@ -282,6 +318,7 @@ impl Graph {
             ))
         };
         self.cut(
+            true,
             |state| ends(state).map(|(from, to)| vec![from, to]),
             |state| {
                 let (old, new) = ends(state)?;
@@ -340,6 +377,7 @@ impl Graph {
             (None, None) => Err(BlockError::invalid("Either child or node must be specified")),
             (Some(child), None) => {
                 self.cut(
+                    false,
                     |_| Ok(vec![found]),
                     |state| {
                         let edge = state.children(found).find(|(_, e)| e.name == child);
@@ -358,6 +396,7 @@ impl Graph {
             (None, Some(node)) => {
                 let missing = || BlockError::new(Errno::ENOENT, format!("Node '{node}' not found"));
                 self.cut(
+                    false,
                     |state| Ok(vec![found, state.find(node).ok_or_else(missing)?]),
                     |state| {
                         let id = state.find(node).ok_or_else(missing)?;

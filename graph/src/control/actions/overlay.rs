@@ -106,7 +106,7 @@ async fn put_above(cx: &mut ActionContext, base: NodeId, overlay: &str) -> Resul
         (name, [replace, attach])
     };
     // What users were told is on disk stays so, whatever becomes of the overlay.
-    let writable = !cx.graph().node_by_id(base)?.options().read_only;
+    let writable = !cx.graph().node_by_id(base)?.options().refuses_writes();
     if writable {
         let flushed = cx.graph().on_iothread(base, |io| async move { io.flush().await }).await;
         flushed.map_err(|e| e.context(format!("Node '{base_name}' cannot be flushed")))?;
@@ -129,16 +129,27 @@ pub struct SnapshotAction {
     node: String,
     overlay: String,
     base: Option<NodeId>,
+    committed: bool,
 }
 
 impl SnapshotAction {
     /// Puts `overlay` above what `node` shows.
     pub fn new(node: String, overlay: String) -> Self {
-        SnapshotAction { node, overlay, base: None }
+        SnapshotAction { node, overlay, base: None, committed: false }
     }
 }
 
 impl Action for SnapshotAction {
+    fn ready<'a>(&'a mut self, graph: &'a Graph) -> BoxFut<'a, ()> {
+        Box::pin(async move {
+            let id = graph.state().find(&self.node);
+            if let Some(id) = id {
+                graph.flush_ahead(id).await;
+            }
+            Ok(())
+        })
+    }
+
     fn nodes(&self, _graph: &Graph) -> Vec<String> {
         vec![self.node.clone(), self.overlay.clone()]
     }
@@ -166,9 +177,14 @@ impl Action for SnapshotAction {
         })
     }
 
-    fn commit<'a>(&'a mut self, graph: &'a Graph) -> BoxFut<'a, ()> {
+    fn commit<'a>(&'a mut self, _graph: &'a Graph) -> BoxFut<'a, ()> {
+        self.committed = true;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn clean<'a>(&'a mut self, graph: &'a Graph) -> BoxFut<'a, ()> {
         Box::pin(async move {
-            if let Some(base) = self.base.take() {
+            if let Some(base) = self.base.take().filter(|_| self.committed) {
                 rest(graph, base).await;
             }
             Ok(())
@@ -369,6 +385,7 @@ impl Action for SnapshotSyncAction {
         Box::pin(async move {
             for (base, name, file) in self.plan(graph)? {
                 self.layer(graph, base, name, file).await?;
+                graph.flush_ahead(base).await;
             }
             Ok(())
         })
@@ -389,17 +406,23 @@ impl Action for SnapshotSyncAction {
     }
 
     fn commit<'a>(&'a mut self, graph: &'a Graph) -> BoxFut<'a, ()> {
+        self.committed = true;
+        let state = &mut *graph.state_mut();
+        for layer in &self.layers {
+            // Theirs from now on; one that nobody uses waits for its first user.
+            if let Some(id) = state.find(&layer.name)
+                && let Some(slot) = state.nodes.get_mut(&id)
+            {
+                slot.monitor_owned = slot.parents.is_empty();
+            }
+        }
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn clean<'a>(&'a mut self, graph: &'a Graph) -> BoxFut<'a, ()> {
         Box::pin(async move {
-            self.committed = true;
-            for layer in &self.layers {
+            for layer in self.layers.iter().filter(|_| self.committed) {
                 rest(graph, layer.base).await;
-                let state = &mut *graph.state_mut();
-                // Theirs from now on; one that nobody uses waits for its first user.
-                if let Some(id) = state.find(&layer.name)
-                    && let Some(slot) = state.nodes.get_mut(&id)
-                {
-                    slot.monitor_owned = slot.parents.is_empty();
-                }
             }
             Ok(())
         })

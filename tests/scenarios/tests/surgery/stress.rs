@@ -5,6 +5,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use client::{Setup, qmp};
 use ringblk_scenarios::{Rig, Rng};
@@ -291,14 +292,11 @@ fn random_surgery_under_load() {
         assert!(!must || result.is_ok(), "surgery {n} (seed {seed}), {what}: {result:?}");
         surgeon.counts.entry(what).or_default().0 += 1;
         // The guest goes on after each.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while load.done() < before + 20 {
             load.check();
-            assert!(
-                std::time::Instant::now() < deadline,
-                "surgery {n} (seed {seed}), {what}: the guest stands"
-            );
-            std::thread::sleep(std::time::Duration::from_micros(100));
+            assert!(Instant::now() < deadline, "surgery {n} (seed {seed}), {what}: the guest stands");
+            std::thread::sleep(Duration::from_micros(100));
         }
         pauses.push(load.take_longest());
     }
@@ -315,8 +313,8 @@ fn random_surgery_under_load() {
         at(99),
         at(100)
     );
-    rig.assert_running();
-    drop(rig);
+    rig.command("quit", json!({}));
+    assert!(rig.daemon.wait(Duration::from_secs(60)).unwrap().success());
     let mut images: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path()).collect();
     images.sort();
     // The last copy may have stood aside.
