@@ -81,7 +81,7 @@ pub struct Replacement(Arc<dyn Driver>);
 
 impl Replacement {
     /// The driver that serves the node from now on.
-    pub fn new(driver: impl Driver) -> Box<dyn Reopen> {
+    pub fn of(driver: impl Driver) -> Box<dyn Reopen> {
         Box::new(Replacement(Arc::new(driver)))
     }
 }

@@ -16,5 +16,5 @@ pub(super) async fn reopen(cx: &ReopenContext, own: Value) -> Result<Box<dyn Reo
     if after.size != before.size {
         return Err(cannot_change("size"));
     }
-    Ok(Replacement::new(after))
+    Ok(Replacement::of(after))
 }

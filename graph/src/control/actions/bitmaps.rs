@@ -171,7 +171,7 @@ impl Action for BitmapMergeAction {
 
     fn prepare<'a>(&'a mut self, cx: &'a mut ActionContext) -> BoxFut<'a, ()> {
         Box::pin(async move {
-            let before = Marks::of(&*cx.graph().bitmap(&self.node, &self.target)?.1)?;
+            let before = Marks::of(&cx.graph().bitmap(&self.node, &self.target)?.1)?;
             cx.graph().bitmap_merge(&self.node, &self.target, &self.sources).await?;
             self.before = Some(before);
             Ok(())

@@ -305,8 +305,8 @@ fn random_surgery_under_load() {
     drop(disk);
     pauses.sort_unstable();
     let at = |share: usize| pauses[(pauses.len() - 1) * share / 100] as f64 / 1e6;
-    println!("{count} surgeries, seed {seed}: {counts:?}");
-    println!(
+    eprintln!("{count} surgeries, seed {seed}: {counts:?}");
+    eprintln!(
         "longest request around each: p50 {:.2} ms, p90 {:.2} ms, p99 {:.2} ms, most {:.2} ms",
         at(50),
         at(90),
