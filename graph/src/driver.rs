@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::create::CreateDef;
 use crate::debug::DebugEvent;
 use crate::error::{BlockError, Errno, Result};
-use crate::image::{CheckFix, CheckReport, NewSnapshot, SnapshotInfo, SnapshotRef};
+use crate::image::{CheckFix, CheckReport, CheckStep, NewSnapshot, OnlineCheck, SnapshotInfo, SnapshotRef};
 use crate::io::NodeIo;
 use crate::node::Node;
 use crate::perm::Perm;
@@ -416,6 +416,22 @@ pub trait Driver: Any + Send + Sync {
     /// drained the node.
     fn check<'a>(&'a self, _io: &'a NodeIo, _fix: CheckFix) -> BoxFut<'a, CheckReport> {
         not_supported()
+    }
+
+    /// One piece, a few ms at most, of a check that repairs nothing and goes on while requests do. Between two pieces the
+    /// node may be drained and changed; `drained` says that it is drained now, which is so after [`CheckStep::Drained`].
+    /// The default is [`Driver::check`], drained.
+    fn check_online<'a>(
+        &'a self,
+        io: &'a NodeIo,
+        _check: &'a mut OnlineCheck,
+        drained: bool,
+    ) -> BoxFut<'a, CheckStep> {
+        if !drained {
+            return Box::pin(std::future::ready(Ok(CheckStep::Drained)));
+        }
+        let whole = self.check(io, CheckFix::NONE);
+        Box::pin(async move { whole.await.map(CheckStep::Done) })
     }
 
     /// Whether the image can hold snapshots.

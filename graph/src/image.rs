@@ -2,6 +2,8 @@
 //!
 //! Plain values between the control channel, jobs and drivers. Must not know any image format.
 
+use std::any::Any;
+
 /// What a check may repair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckFix {
@@ -41,6 +43,35 @@ pub struct CheckReport {
     pub check_errors: u64,
     /// One line each, in `qemu-img`'s words; bounded in number by whoever makes it.
     pub messages: Vec<String>,
+}
+
+/// A check that goes on while requests do ([`crate::Driver::check_online`]): how far it has come, and what its driver
+/// remembers between two pieces. Dropped at any time, it leaves nothing behind.
+#[derive(Default)]
+pub struct OnlineCheck {
+    /// What is done, in bytes of metadata.
+    pub done: u64,
+    /// What there is to do, in bytes of metadata; may change.
+    pub total: u64,
+    /// The driver's own; `None` before the first piece.
+    pub state: Option<Box<dyn Any + Send>>,
+}
+
+impl std::fmt::Debug for OnlineCheck {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OnlineCheck({}/{})", self.done, self.total)
+    }
+}
+
+/// What comes after a piece of an [`OnlineCheck`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CheckStep {
+    /// Another piece; requests may be let in between.
+    More,
+    /// Another piece, with the node drained.
+    Drained,
+    /// Nothing: this was found.
+    Done(CheckReport),
 }
 
 /// An internal snapshot.

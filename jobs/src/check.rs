@@ -1,14 +1,18 @@
 //! `block-check`: looks for contradictions in the metadata of an image that is in use. QEMU has nothing of the sort.
 //!
-//! Started by the control channel. Requests wait while the image is looked at: the node is drained and flushed, so that what
-//! is on disk is what is meant, and its driver's read-only check runs on an iothread. How long that takes depends on the
-//! metadata (some 8 MiB per 64 GiB of disk with clusters of 64 KiB). It repairs nothing. Once it has begun it cannot be
-//! cancelled or paused; the job ends as cancelled afterwards, and requests go on in any case.
+//! Started by the control channel. The driver's check runs in pieces on an iothread while requests go on; between two pieces the
+//! job can be paused and cancelled, and the node drained by others. Where the driver asks for it, at the end as a rule,
+//! the job drains the node for a piece. Drivers that know no check beside requests are drained for all of it. It repairs
+//! nothing.
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use graph::{BlockError, BoxFut, CheckFix, CheckReport, Errno, ErrorKind, Graph, Perm, Result, RootOptions};
+use graph::{
+    BlockError, BoxFut, CheckReport, CheckStep, Errno, ErrorKind, Graph, OnlineCheck, Perm, Result, RootOptions,
+    View,
+};
 use host::IoThread;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -72,7 +76,6 @@ struct Check {
 
 impl Check {
     async fn look(&self, at: &Site) -> Result<()> {
-        at.control().set_total(1);
         // Held as long as the job lives: it is the job's node, and stays where it is when users are moved.
         let options = RootOptions {
             perm: Perm::CONSISTENT_READ,
@@ -83,23 +86,57 @@ impl Check {
         let hold = Hold::attach(&self.graph, &self.node, options, at.control()).await?;
         let node = hold.node()?;
         *self.hold.borrow_mut() = Some(hold);
-        at.rest().await?;
-        let guard = self.graph.drain(node.name()).await?;
-        // Taken inside of the drain: graph changes are drained too, so that it stays true until the guard goes.
-        let view = self.hold.borrow().as_ref().and_then(|h| h.root().view());
-        let view = view.ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))?;
+        let mut check = OnlineCheck::default();
+        let mut drained = false;
+        let report = loop {
+            at.rest().await?;
+            let step = if drained {
+                let guard = self.graph.drain(node.name()).await?;
+                // Taken inside of the drain: graph changes are drained too, so that it stays true until the guard goes.
+                let view = self.hold.borrow().as_ref().and_then(|h| h.root().view());
+                let view = view.ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))?;
+                let step;
+                (step, check) = self.piece(view, check, true).await?;
+                drop(guard);
+                step
+            } else {
+                let active = at.control().enter().await?;
+                let view = self.hold.borrow().as_ref().map(Hold::view).transpose()?;
+                let view = view.ok_or_else(|| BlockError::new(Errno::ENODEV, "The node is gone"))?;
+                let step;
+                (step, check) = self.piece(view, check, false).await?;
+                drop(active);
+                step
+            };
+            at.control().set_progress(check.done, check.total.max(check.done + 1));
+            match step {
+                CheckStep::Done(report) => break report,
+                step => drained = step == CheckStep::Drained,
+            }
+        };
+        *self.report.borrow_mut() = Some(BlockCheckReport::new(node.name(), node.driver_name(), report));
+        let total = check.total.max(1);
+        at.control().set_progress(total, total);
+        Ok(())
+    }
+
+    /// One piece on the iothread.
+    async fn piece(
+        &self,
+        view: Arc<View>,
+        mut check: OnlineCheck,
+        drained: bool,
+    ) -> Result<(CheckStep, OnlineCheck)> {
         let call = self.thread.call(move |local| async move {
             let io = view.io(&local);
             drop(view);
-            io.flush().await?;
-            io.node()?.driver().check(&io, CheckFix::NONE).await
+            if drained {
+                io.flush().await?;
+            }
+            let step = io.node()?.driver().check_online(&io, &mut check, drained).await?;
+            Ok((step, check))
         });
-        let result = call.await;
-        drop(guard);
-        let report = result.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))??;
-        *self.report.borrow_mut() = Some(BlockCheckReport::new(node.name(), node.driver_name(), report));
-        at.control().advance(1);
-        Ok(())
+        call.await.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))?
     }
 }
 

@@ -205,9 +205,9 @@ struct BlockCheck {
 fn check(commands: &mut Commands<State>) {
     commands.register(
         "block-check",
-        "Looks for contradictions in the metadata of an image that is in use, as a job; repairs nothing. Requests wait \
-         while it looks, for as long as it takes to read the metadata. The job stays until it is dismissed; \
-         `query-block-check` tells what it found. QEMU has no such command.",
+        "Looks for contradictions in the metadata of an image that is in use, as a job; repairs nothing. Requests go \
+         on meanwhile, but for a moment at the end. The job stays until it is dismissed; `query-block-check` tells \
+         what it found. QEMU has no such command.",
         |daemon: State, a: BlockCheck| async move {
             daemon.ready_graph()?;
             let thread = daemon.own_iothread()?;

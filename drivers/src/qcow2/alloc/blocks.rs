@@ -38,13 +38,15 @@ pub(super) struct Blocks {
     map: HashMap<u64, Block>,
     dirty: BTreeSet<u64>,
     tick: u64,
+    /// Blocks that changed since a check looked at them, while there is one.
+    touched: Option<BTreeSet<u64>>,
 }
 
 impl Blocks {
     pub(super) fn new(geo: Geometry, cache_bytes: u64) -> Blocks {
         // QEMU's least: four blocks.
         let limit = usize::try_from(cache_bytes / geo.cluster_size()).unwrap_or(usize::MAX).max(4);
-        Blocks { geo, limit, map: HashMap::new(), dirty: BTreeSet::new(), tick: 0 }
+        Blocks { geo, limit, map: HashMap::new(), dirty: BTreeSet::new(), tick: 0, touched: None }
     }
 
     /// Notes the time: blocks used since are not dropped by [`Blocks::shrink`].
@@ -63,6 +65,29 @@ impl Blocks {
         let words = data.len().div_ceil(SECTOR).div_ceil(64);
         let block = Block { offset, data, dirty: vec![0; words], writing: 0, used: self.tick };
         self.map.insert(index, block);
+    }
+
+    /// Notes which blocks change from now on, or no longer.
+    pub(super) fn watch(&mut self, on: bool) {
+        self.touched = on.then(BTreeSet::new);
+    }
+
+    /// A check looks at a block: what changes from here on is noted. Whether the disk has all of it.
+    pub(super) fn look(&mut self, index: u64) -> bool {
+        if let Some(touched) = &mut self.touched {
+            touched.remove(&index);
+        }
+        self.map.get(&index).is_none_or(|b| b.writing == 0) && !self.dirty.contains(&index)
+    }
+
+    /// Whether a block changed since a check looked at it.
+    pub(super) fn is_touched(&self, index: u64) -> bool {
+        self.touched.as_ref().is_none_or(|t| t.contains(&index))
+    }
+
+    /// A block as it is in memory, where it is loaded.
+    pub(super) fn bytes(&self, index: u64) -> Option<&[u8]> {
+        self.map.get(&index).map(|b| &*b.data)
     }
 
     /// Drops clean blocks nobody used since `since`, least recently used first, down to the limit.
@@ -96,6 +121,9 @@ impl Blocks {
             *word |= 1 << (sector % 64);
         }
         self.dirty.insert(index);
+        if let Some(touched) = &mut self.touched {
+            touched.insert(index);
+        }
         true
     }
 

@@ -9,6 +9,7 @@
 //! | `counts.rs` | loading blocks, reading and changing refcounts |
 //! | `free.rs` | runs of clusters known to be free |
 //! | `grow.rs` | new refcount blocks, a larger refcount table, a longer file |
+//! | `looked.rs` | what a check beside requests sees of the refcounts |
 //! | `extent.rs` | reserved runs per thread, for allocations that must not wait |
 //! | `take.rs` | where an allocation comes from |
 //! | `bytes.rs` | parts of clusters, for compressed data |
@@ -24,6 +25,7 @@ mod counts;
 mod extent;
 mod free;
 mod grow;
+mod looked;
 mod meta;
 mod quarantine;
 mod take;

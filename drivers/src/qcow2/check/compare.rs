@@ -60,7 +60,7 @@ impl<S: Storage> Checker<'_, S> {
         Ok(highest)
     }
 
-    async fn mismatch(
+    pub(super) async fn mismatch(
         &mut self,
         cluster: u64,
         disk: u64,

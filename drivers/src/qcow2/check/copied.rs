@@ -64,7 +64,7 @@ impl<S: Storage> Checker<'_, S> {
         Ok(())
     }
 
-    async fn l2_flags(&mut self, table: u64, repair: bool) -> Result<(), BlockError> {
+    pub(super) async fn l2_flags(&mut self, table: u64, repair: bool) -> Result<(), BlockError> {
         let mut bytes = vec![0; self.geo.cluster_size() as usize];
         if let Err(e) = self.storage.read(table, &mut bytes).await {
             self.say("ERROR: I/O error in check_oflag_copied".into());

@@ -27,6 +27,7 @@ mod compare;
 mod copied;
 mod counts;
 mod fixes;
+pub(in crate::qcow2) mod online;
 mod rebuild;
 mod refcounts;
 mod references;
@@ -160,11 +161,23 @@ struct Checker<'a, S: Storage> {
 
 impl<'a, S: Storage> Checker<'a, S> {
     async fn new(storage: &'a S, header: Header, fix: CheckFix, limits: Limits) -> Result<Self, BlockError> {
-        let geo = header.geometry();
         let l1 = read_words(storage, header.l1_offset, header.l1_size as usize).await?;
         let reftable =
             read_words(storage, header.reftable_offset, header.reftable_bytes() as usize / 8).await?;
-        Ok(Checker {
+        Ok(Checker::with(storage, header, l1, reftable, fix, limits))
+    }
+
+    /// With tables that were read.
+    fn with(
+        storage: &'a S,
+        header: Header,
+        l1: Vec<u64>,
+        reftable: Vec<u64>,
+        fix: CheckFix,
+        limits: Limits,
+    ) -> Self {
+        let geo = header.geometry();
+        Checker {
             storage,
             geo,
             fix,
@@ -182,7 +195,7 @@ impl<'a, S: Storage> Checker<'a, S> {
             modified: false,
             rebuild: false,
             header,
-        })
+        }
     }
 
     fn say(&mut self, line: String) {

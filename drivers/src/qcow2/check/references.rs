@@ -11,10 +11,10 @@ use crate::qcow2::format::{COMPRESSED, COPIED, L1Entry, MAX_L1_BYTES, OFFSET_MAS
 
 /// How a table of the guest's mapping is looked at.
 #[derive(Clone, Copy)]
-struct Walk {
+pub(super) struct Walk {
     /// The active one: its clusters are counted for the fragmentation figures.
-    active: bool,
-    fix: CheckFix,
+    pub(super) active: bool,
+    pub(super) fix: CheckFix,
 }
 
 /// What an L2 entry is to the checker; nothing is refused here.
@@ -90,53 +90,55 @@ impl<S: Storage> Checker<'_, S> {
     }
 
     async fn walk_snapshots(&mut self, fix: CheckFix) -> Result<(), BlockError> {
+        self.judge_snapshots();
+        for i in 0..self.snapshots.len() {
+            for word in self.snapshot_l1(i).await? {
+                self.walk_l1_entry(L1Entry(word), Walk { active: false, fix }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What can be said of the snapshots together.
+    pub(super) fn judge_snapshots(&mut self) {
         if self.header.has_data_file() && !self.snapshots.is_empty() {
             self.say(format!("ERROR {} snapshots in image with data file", self.snapshots.len()));
             self.report.corruptions += 1;
         }
-        for i in 0..self.snapshots.len() {
-            let s = &self.snapshots[i];
-            let (offset, entries) = (s.l1_offset, s.l1_size);
-            let who = format!("{} ({})", String::from_utf8_lossy(&s.id), String::from_utf8_lossy(&s.name));
-            if self.geo.in_cluster(offset) != 0 {
-                self.say(format!(
-                    "ERROR snapshot {who} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
-                ));
-                self.report.corruptions += 1;
-            } else if u64::from(entries) > MAX_L1_BYTES / 8 {
-                self.say(format!(
-                    "ERROR snapshot {who} l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
-                ));
-                self.report.corruptions += 1;
-            } else {
-                self.walk_snapshot_l1(offset, entries, fix).await?;
-            }
-        }
-        Ok(())
     }
 
-    async fn walk_snapshot_l1(&mut self, offset: u64, entries: u32, fix: CheckFix) -> Result<(), BlockError> {
+    /// Counts the place of a snapshot's L1 table; its entries, none where it cannot be.
+    pub(super) async fn snapshot_l1(&mut self, i: usize) -> Result<Vec<u64>, BlockError> {
+        let Some(s) = self.snapshots.get(i) else { return Ok(Vec::new()) };
+        let (offset, entries) = (s.l1_offset, s.l1_size);
+        let who = format!("{} ({})", String::from_utf8_lossy(&s.id), String::from_utf8_lossy(&s.name));
+        if self.geo.in_cluster(offset) != 0 {
+            self.say(format!(
+                "ERROR snapshot {who} l1_offset={offset:#x}: L1 table is not cluster aligned; snapshot table entry corrupted"
+            ));
+            self.report.corruptions += 1;
+            return Ok(Vec::new());
+        }
+        if u64::from(entries) > MAX_L1_BYTES / 8 {
+            self.say(format!(
+                "ERROR snapshot {who} l1_size={entries:#x}: L1 table is too large; snapshot table entry corrupted"
+            ));
+            self.report.corruptions += 1;
+            return Ok(Vec::new());
+        }
         self.refer(offset, u64::from(entries) * 8)?;
-        if offset > i64::MAX as u64 - MAX_L1_BYTES {
+        let table = if offset > i64::MAX as u64 - MAX_L1_BYTES {
+            Err(Errno::EIO.into())
+        } else {
+            super::read_words(self.storage, offset, entries as usize).await
+        };
+        table.inspect_err(|_| {
             self.report.check_errors += 1;
             self.say("ERROR: I/O error in check_refcounts_l1".into());
-            return Err(Errno::EIO.into());
-        }
-        let table = match super::read_words(self.storage, offset, entries as usize).await {
-            Ok(table) => table,
-            Err(e) => {
-                self.report.check_errors += 1;
-                self.say("ERROR: I/O error in check_refcounts_l1".into());
-                return Err(e);
-            }
-        };
-        for word in table {
-            self.walk_l1_entry(L1Entry(word), Walk { active: false, fix }).await?;
-        }
-        Ok(())
+        })
     }
 
-    async fn walk_l1_entry(&mut self, entry: L1Entry, walk: Walk) -> Result<(), BlockError> {
+    pub(super) async fn walk_l1_entry(&mut self, entry: L1Entry, walk: Walk) -> Result<(), BlockError> {
         if entry.0 == 0 {
             return Ok(());
         }

@@ -10,6 +10,7 @@ use graph::{BlockError, NodeIo, Result};
 
 use super::health::Health;
 use super::write::{MetaWrite, write_all};
+use crate::qcow2::check::Storage;
 use crate::qcow2::format::{Header, INCOMPAT_CORRUPT, field};
 
 /// What is trusted to be written as a whole.
@@ -36,6 +37,17 @@ impl HeaderIo {
     /// The header. Not to be held across waiting.
     pub(crate) fn header(&self) -> MutexGuard<'_, Header> {
         self.parsed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first offset at which the header on disk is not what it was left as.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) async fn differs(&self, disk: &impl Storage) -> Result<Option<usize>> {
+        let bytes = self.bytes.lock().await;
+        let mut there = vec![0; bytes.len()];
+        disk.read(0, &mut there).await?;
+        Ok(there.iter().zip(bytes.iter()).position(|(a, b)| a != b))
     }
 
     /// Whether one of these incompatible features is set.

@@ -14,7 +14,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// What the disk says, an image that cannot be checked; `EBUSY` for the repair of an image in use.
-    pub(super) async fn check_image(&self, io: &NodeIo, fix: CheckFix) -> Result<CheckReport> {
+    pub(crate) async fn check_image(&self, io: &NodeIo, fix: CheckFix) -> Result<CheckReport> {
         if io.node()?.options().purpose == Purpose::Use {
             if fix != CheckFix::NONE {
                 return Err(BlockError::new(Errno::EBUSY, "An image in use cannot be repaired"));

@@ -36,9 +36,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, CheckFix, CheckReport, Driver, DriverInfo, Errno, Limits, Map,
-    NewSnapshot, Node, NodeIo, Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo, SnapshotRef,
-    Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, CheckFix, CheckReport, CheckStep, Driver, DriverInfo, Errno, Limits, Map,
+    NewSnapshot, Node, NodeIo, OnlineCheck, Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo,
+    SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 use serde_json::Value;
@@ -111,6 +111,7 @@ impl Driver for Qcow2 {
     fn truncate<'a>(&'a self, io: &'a NodeIo, size: u64, how: Truncate) -> BoxFut<'a, ()> {
         Box::pin(async move {
             self.bitmaps_allow_resize()?;
+            self.tables.watch().upheaval();
             self.resize(io, size, how).await
         })
     }
@@ -123,6 +124,15 @@ impl Driver for Qcow2 {
         Box::pin(self.check_image(io, fix))
     }
 
+    fn check_online<'a>(
+        &'a self,
+        io: &'a NodeIo,
+        check: &'a mut OnlineCheck,
+        drained: bool,
+    ) -> BoxFut<'a, CheckStep> {
+        Box::pin(self.check_piece(io, check, drained))
+    }
+
     fn snapshots(&self) -> Vec<SnapshotInfo> {
         self.snapshot_list()
     }
@@ -132,15 +142,24 @@ impl Driver for Qcow2 {
     }
 
     fn snapshot_create<'a>(&'a self, io: &'a NodeIo, new: NewSnapshot) -> BoxFut<'a, SnapshotInfo> {
-        Box::pin(self.make_snapshot(io, new))
+        Box::pin(async move {
+            self.tables.watch().upheaval();
+            self.make_snapshot(io, new).await
+        })
     }
 
     fn snapshot_apply<'a>(&'a self, io: &'a NodeIo, which: SnapshotRef) -> BoxFut<'a, ()> {
-        Box::pin(async move { self.return_to_snapshot(io, &which).await })
+        Box::pin(async move {
+            self.tables.watch().upheaval();
+            self.return_to_snapshot(io, &which).await
+        })
     }
 
     fn snapshot_delete<'a>(&'a self, io: &'a NodeIo, which: SnapshotRef) -> BoxFut<'a, SnapshotInfo> {
-        Box::pin(async move { self.remove_snapshot(io, &which).await })
+        Box::pin(async move {
+            self.tables.watch().upheaval();
+            self.remove_snapshot(io, &which).await
+        })
     }
 
     fn supports_bitmaps(&self) -> bool {
@@ -152,11 +171,17 @@ impl Driver for Qcow2 {
     }
 
     fn store_bitmaps<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
-        Box::pin(Qcow2::store_bitmaps(self, io))
+        Box::pin(async move {
+            self.tables.watch().upheaval();
+            Qcow2::store_bitmaps(self, io).await
+        })
     }
 
     fn remove_stored_bitmap<'a>(&'a self, io: &'a NodeIo, name: String) -> BoxFut<'a, ()> {
-        Box::pin(async move { self.remove_bitmap(io, &name).await })
+        Box::pin(async move {
+            self.tables.watch().upheaval();
+            self.remove_bitmap(io, &name).await
+        })
     }
 
     fn change_backing_file<'a>(

@@ -447,6 +447,21 @@ impl Slice<'_> {
         self.mark(1u128.checked_shl(sector as u32).unwrap_or(0));
     }
 
+    /// Its number.
+    pub(super) fn number(&self) -> u64 {
+        self.slice
+    }
+
+    /// The sector a word is in.
+    pub(super) fn sector_of(&self, word: usize) -> u32 {
+        (word / self.cache.sector_words) as u32
+    }
+
+    /// Sectors that memory has ahead of the disk, or that are on their way there.
+    pub(super) fn unwritten(&self) -> u128 {
+        self.state.dirty | self.state.writing
+    }
+
     fn mark(&mut self, mask: u128) {
         if mask != 0 && self.state.dirty == 0 {
             lock(&self.cache.dirty).push(self.slice);

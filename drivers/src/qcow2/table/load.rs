@@ -171,7 +171,7 @@ impl Tables {
 }
 
 /// In a table that others share nothing may be changed in place, whatever its entries say.
-pub(super) fn strip_copied(words: &mut [u64], step: usize) {
+pub(crate) fn strip_copied(words: &mut [u64], step: usize) {
     for word in words.iter_mut().step_by(step) {
         if *word & COMPRESSED == 0 {
             *word &= !COPIED;

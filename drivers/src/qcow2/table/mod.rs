@@ -9,6 +9,7 @@ pub(crate) mod entry;
 mod l1;
 mod load;
 mod own;
+pub(crate) mod watch;
 #[cfg(test)]
 mod tests;
 
@@ -20,11 +21,13 @@ use host::sync::{Event, WaitQueue};
 
 pub(crate) use cache::Slice;
 pub(crate) use entry::{Decoder, Kind, Run};
+pub(crate) use load::strip_copied;
 
 use super::format::{Geometry, OFFSET_MASK};
 use super::node::Qcow2;
 use cache::Cache;
 use l1::L1;
+use watch::Watch;
 
 /// One piece of a table on its way to the image file.
 pub(crate) struct TableWrite {
@@ -76,6 +79,8 @@ pub(crate) struct Tables {
     making: Mutex<HashMap<u64, Arc<Event>>>,
     /// Waiting for a slot.
     room: WaitQueue,
+    /// Told of every change.
+    watch: Arc<Watch>,
 }
 
 impl Tables {
@@ -106,6 +111,7 @@ impl Tables {
             loading: Mutex::default(),
             making: Mutex::default(),
             room: WaitQueue::new(),
+            watch: Arc::default(),
         }
     }
 
@@ -248,9 +254,12 @@ impl Tables {
 
     /// Changes an entry; what is equal stays clean.
     pub(crate) fn set_entry(&self, slice: &mut Slice<'_>, index: usize, entry: u64, bitmap: u64) {
-        if self.entry(slice, index) == (entry, bitmap) {
+        let old = self.entry(slice, index);
+        if old == (entry, bitmap) {
             return;
         }
+        let word = if self.geo().extended_l2() { 2 * index } else { index };
+        self.watch.entry_changes(slice.number(), slice.sector_of(word), old.0, entry);
         if self.geo().extended_l2() {
             slice.set_word(2 * index, entry);
             slice.set_word(2 * index + 1, bitmap);
@@ -304,11 +313,6 @@ impl Tables {
     /// All L1 entries.
     pub(crate) fn l1_entries(&self) -> Vec<u64> {
         self.l1.entries()
-    }
-
-    /// Changes an L1 entry; the next commit writes it.
-    pub(crate) fn set_l1(&self, index: u64, entry: u64) {
-        self.l1.set(index, entry);
     }
 
     /// The L1 table lies elsewhere and has another length; the disk has what memory has. Drained.

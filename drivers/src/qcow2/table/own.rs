@@ -91,7 +91,7 @@ impl Tables {
             return Err(e);
         }
         node.space.add_metadata(Kind::ActiveL2, extent.offset, size);
-        self.l1.set(index, extent.offset | COPIED);
+        self.set_l1(index, extent.offset | COPIED);
         if from != 0 {
             // The snapshots keep theirs; ours is one reference less.
             node.space.add_metadata(Kind::InactiveL2, from, size);
