@@ -35,18 +35,10 @@ impl Space {
         (offset != 0).then_some((offset, written))
     }
 
-    /// The counts of a block now, given what was read of it after [`Space::look_at_block`], which had said `written`. `None`: it
-    /// changed meanwhile, or memory and disk differ.
-    pub(crate) fn seen_block(&self, index: u64, disk: Vec<u8>, written: bool) -> Option<Vec<u8>> {
+    /// Whether a block, which [`Space::look_at_block`] said the disk had all of, is still what was read of it since.
+    pub(crate) fn is_block_as_read(&self, index: u64, disk: &[u8]) -> bool {
         let state = lock(&self.state);
-        if state.blocks.is_touched(index) {
-            return None;
-        }
-        match state.blocks.bytes(index) {
-            Some(bytes) if written && bytes != disk => None,
-            Some(bytes) => Some(bytes.to_vec()),
-            None => written.then_some(disk),
-        }
+        !state.blocks.is_touched(index) && state.blocks.bytes(index).is_none_or(|bytes| bytes == disk)
     }
 
     /// Whether a block changed since a check looked at it.

@@ -112,13 +112,16 @@ async fn look(
             blocks.remove(&block);
         }
     }
-    let Some((offset, written)) = node.space.look_at_block(block) else { return Ok(None) };
+    // What waits to be written is judged at the end, on disk.
+    let Some((offset, true)) = node.space.look_at_block(block) else { return Ok(None) };
     let file = io.child(FILE);
     if geo.in_cluster(offset) != 0 || offset >= file.size() {
         return Ok(None);
     }
-    let disk = read_bytes(&file, offset, geo.cluster_size()).await?;
-    let Some(counts) = node.space.seen_block(block, disk, written) else { return Ok(None) };
+    let counts = read_bytes(&file, offset, geo.cluster_size()).await?;
+    if !node.space.is_block_as_read(block, &counts) {
+        return Ok(None);
+    }
     let mut last = None;
     let first = block << geo.refblock_bits();
     let mut at = 0;

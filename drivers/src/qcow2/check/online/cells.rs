@@ -122,7 +122,8 @@ impl Cells {
             }
         }
         let place = self.last.map_or(usize::MAX, |(_, place)| place);
-        let cell = self.chunks.get(place).and_then(|c| c.get((cluster % CHUNK) as usize)).copied().unwrap_or(0);
+        let cell =
+            self.chunks.get(place).and_then(|c| c.get((cluster % CHUNK) as usize)).copied().unwrap_or(0);
         Cell { refs: REFS.get(cell).into(), sole: SOLE.get(cell), shared: SHARED.get(cell) }
     }
 

@@ -44,7 +44,9 @@ impl Online {
         for (i, (&there, &here)) in disk.iter().zip(&memory.table).enumerate() {
             if there & !REFTABLE_RESERVED != here {
                 checker.report.corruptions += 1;
-                checker.say(format!("ERROR refcount table entry {i} is {there:x} on disk and {here:x} in memory"));
+                checker.say(format!(
+                    "ERROR refcount table entry {i} is {there:x} on disk and {here:x} in memory"
+                ));
             }
         }
         let now = places(node);
@@ -126,7 +128,8 @@ impl Online {
                 let mut census = node.tables.watch().census();
                 census.as_mut().map_or(Cell { refs: 0, sole: 0, shared: 0 }, |c| c.cells.get(cluster))
             };
-            let uncounted = node.tables.watch().census().as_ref().is_some_and(|c| c.cells.untouched(first, end - first));
+            let uncounted =
+                node.tables.watch().census().as_ref().is_some_and(|c| c.cells.untouched(first, end - first));
             if !checker.blocks.covers(first) && uncounted && checker.counts.untouched(first, end - first) {
                 continue;
             }
@@ -148,10 +151,13 @@ impl Online {
                 if disk != counted {
                     checker.mismatch(cluster, disk, counted, CheckFix::NONE).await?;
                 } else if let Some(memory) = &memory {
-                    let here = refcount::get(memory, geo.refcount_order(), geo.refblock_index(cluster) as usize);
+                    let here =
+                        refcount::get(memory, geo.refcount_order(), geo.refblock_index(cluster) as usize);
                     if here != disk {
                         checker.report.corruptions += 1;
-                        checker.say(format!("ERROR cluster {cluster} refcount={disk} on disk and {here} in memory"));
+                        checker.say(format!(
+                            "ERROR cluster {cluster} refcount={disk} on disk and {here} in memory"
+                        ));
                     }
                 }
                 let wrong = if disk == 1 { cell.shared } else { cell.sole };

@@ -158,7 +158,8 @@ impl Qcow2 {
             }
             Ok(false) => {
                 (check.done, check.total) = (online.done, online.total.max(online.done));
-                let step = if matches!(online.phase, Phase::End) { CheckStep::Drained } else { CheckStep::More };
+                let step =
+                    if matches!(online.phase, Phase::End) { CheckStep::Drained } else { CheckStep::More };
                 online.checker = Some(checker.on(&NOWHERE));
                 check.state = Some(online);
                 Ok(step)

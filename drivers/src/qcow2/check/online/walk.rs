@@ -92,7 +92,8 @@ impl Online {
             return Ok(());
         }
         let header = &checker.header;
-        let (l1, snapshots, crypto) = ((header.l1_offset, header.l1_bytes()), header.snapshots_offset, header.crypto);
+        let (l1, snapshots, crypto) =
+            ((header.l1_offset, header.l1_bytes()), header.snapshots_offset, header.crypto);
         checker.refer(0, cluster)?;
         checker.refer(l1.0, l1.1)?;
         checker.refer(snapshots, checker.snapshots_bytes)?;
