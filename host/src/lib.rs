@@ -23,6 +23,7 @@ pub mod exec;
 pub mod file;
 pub mod iothread;
 pub mod mailbox;
+mod pages;
 pub mod pool;
 mod primitive;
 mod reactor;
@@ -36,6 +37,7 @@ pub use file::{Alignment, File, FileKind, OpenOptions};
 pub use iothread::{
     FallocMode, FastOp, Gone, IoThread, IoThreadOptions, Local, PollParams, Source, SourceId,
 };
+pub use pages::WordPages;
 pub use resident::forget_program_pages;
 
 /// How the operations of an iothread or of one file reach the kernel.

@@ -16,12 +16,14 @@
 //! | `snapshot/` | internal snapshots |
 //! | `bitmap/` | persistent dirty bitmaps |
 //! | `codec.rs` | compressed clusters |
+//! | `cleaning.rs` | memory of the caches, given back |
 //!
 //! Called by the graph; must not reach anything but its children.
 
 mod alloc;
 mod bitmap;
 pub mod check;
+mod cleaning;
 pub mod codec;
 mod commit;
 mod create;

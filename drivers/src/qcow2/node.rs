@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use graph::{BlockError, NodeIo, Pin};
 
-use super::alloc::Space;
+use super::alloc::{Kinds, Space};
 use super::bitmap::Bitmaps;
+use super::cleaning::Cleaning;
 use super::commit::{Commits, HeaderIo};
 use super::format::snapshot::Snapshot;
 use super::format::{Geometry, Header};
@@ -35,12 +36,16 @@ pub(crate) struct Settings {
     pub(crate) pass_discard_other: bool,
     /// A discarded cluster keeps its place.
     pub(crate) discard_no_unref: bool,
+    /// Which metadata writes are checked against.
+    pub(crate) guarded: Kinds,
     /// Memory for L2 slices, bytes.
     pub(crate) l2_cache_size: u64,
     /// Size of a slice, bytes.
     pub(crate) l2_slice_size: u64,
     /// Memory for clean refcount blocks, bytes.
     pub(crate) refcount_cache_size: u64,
+    /// After how many seconds what was not used leaves the caches; 0: never.
+    pub(crate) cache_clean_interval: u64,
     /// The data file is to be right on its own (`data_file_raw`).
     pub(crate) data_file_raw: bool,
 }
@@ -70,9 +75,9 @@ pub(crate) struct Qcow2 {
     /// The first cluster: what it says, and how it is changed.
     pub(crate) header: Arc<HeaderIo>,
     /// Where guest data lies.
-    pub(crate) tables: Tables,
+    pub(crate) tables: Arc<Tables>,
     /// Host clusters.
-    pub(crate) space: Space,
+    pub(crate) space: Arc<Space>,
     /// The order of things on disk.
     pub(crate) commits: Commits,
     /// Index of the child guest data lies in: [`FILE`] or the data file.
@@ -87,6 +92,8 @@ pub(crate) struct Qcow2 {
     pub(crate) settings: Settings,
     /// Encryption, where there is one.
     pub(crate) crypt: Option<Crypt>,
+    /// Gives memory of the caches back.
+    pub(crate) cleaning: Arc<Cleaning>,
     /// Compressed clusters that were decoded lately.
     pub(crate) decoded: Decoded,
     /// What the queries are told of the encryption.

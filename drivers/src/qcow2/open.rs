@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use super::alloc::{Kind, PassDiscard, Space, SpaceConfig};
 use super::bitmap;
 use super::check::{self, NodeStorage};
+use super::cleaning::Cleaning;
 use super::commit::{Commits, HeaderIo, Health};
 use super::crypt;
 use super::format::snapshot::{self, Snapshot, Step};
@@ -131,6 +132,24 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         }
     }
     let space = make_space(cx.epochs(), &image, &settings, &health, &header_io, geo);
+    if settings.guarded.has(Kind::InactiveL2) && !read_only && !image.snapshots.is_empty() {
+        // Their L1 tables are read for this alone.
+        let snapshots: Vec<_> =
+            image.snapshots.iter().filter(|s| s.validate_l1(&geo).is_ok()).cloned().collect();
+        let reading = cx.child_io(FILE, move |io| async move {
+            let mut tables = Vec::new();
+            for s in snapshots {
+                let l1 = words(&read_bytes(&io, s.l1_offset, u64::from(s.l1_size) * 8).await?);
+                tables.extend(l1.into_iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0));
+                tables.sort_unstable();
+                tables.dedup();
+            }
+            Ok(tables)
+        });
+        for table in reading.await? {
+            space.add_metadata(Kind::InactiveL2, table, geo.cluster_size());
+        }
+    }
     let sector = u64::from(cx.child(FILE)?.driver().limits().request_alignment.max(512));
     let tables = Tables::new(
         geo,
@@ -148,8 +167,9 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     let node = Qcow2 {
         geo,
         size: AtomicU64::new(image.header.virtual_size()),
-        tables,
-        space,
+        tables: Arc::new(tables),
+        space: Arc::new(space),
+        cleaning: Cleaning::new(settings.cache_clean_interval),
         commits: Commits::new(health, Arc::clone(&header_io), !read_only),
         header: header_io,
         data: data_file.unwrap_or(FILE),
@@ -264,6 +284,7 @@ pub(super) fn make_space(
             snapshot: settings.pass_discard_snapshot,
             other: settings.pass_discard_other,
         },
+        guarded: settings.guarded,
         lazy: settings.lazy_refcounts,
     };
     let space = Space::new(config, epochs, Arc::clone(health), Arc::clone(header_io));

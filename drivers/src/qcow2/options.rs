@@ -40,13 +40,13 @@ fn present<'de, D: Deserializer<'de>>(d: D) -> Result<Option<BlockdevRefOrNull>,
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OverlapMode {
-    /// None.
+    /// None of those below.
     None,
-    /// Those whose cost does not depend on the image.
+    /// Header, active L1 table, refcount table, snapshot table, directory of bitmaps.
     Constant,
-    /// Those that need no reading; the default.
+    /// As `constant`, and the active L2 tables, refcount blocks and L1 tables of snapshots; the default.
     Cached,
-    /// All.
+    /// As `cached`, and the L2 tables of snapshots, whose L1 tables are read for that when the image is opened.
     All,
 }
 
@@ -148,8 +148,10 @@ pub struct Qcow2Options {
     /// space is given back all the same. Default: off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discard_no_unref: Option<bool>,
-    /// Which checks are done before a write that could hit metadata; default: cached. All that need no reading are
-    /// always done, since they cost next to nothing here.
+    /// Which metadata a write must not hit: the image is damaged then, is marked so, and takes no more writes. Metadata is
+    /// checked for each write; guest data when the entry that leads to it is read into the cache, and whenever a write
+    /// does more than go to where the data lies. New space is checked against all metadata, whatever is said here.
+    /// Default: cached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlap_check: Option<OverlapCheck>,
     /// Memory for L2 tables and refcount blocks together, bytes; default: the sum of the two.
@@ -173,8 +175,8 @@ pub struct Qcow2Options {
     #[schemars(range(min = 0))]
     #[schemars(extend("format" = "size"))]
     pub refcount_cache_size: Option<i64>,
-    /// For compatibility: after how many seconds unused parts of the caches are given up. Here they stay until something
-    /// else needs their place; memory grows with what is used, up to the sizes above.
+    /// After how many seconds what was not used leaves the caches, and their memory goes back to the host; 0: never.
+    /// Default: 600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub cache_clean_interval: Option<i64>,

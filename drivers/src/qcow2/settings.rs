@@ -5,10 +5,11 @@
 use graph::options::NodeOptions;
 use graph::{BlockError, Result};
 
+use super::alloc::{Kind, Kinds};
 use super::format::Header;
 use super::node::Settings;
 use super::open::{data_file_raw, passes_discards};
-use super::options::Qcow2Options;
+use super::options::{OverlapCheck, OverlapFlags, OverlapMode, Qcow2Options};
 
 /// The option that carries the images above down a chain that is being opened; not for users.
 pub(super) const CHAIN: &str = "x-chain";
@@ -18,6 +19,8 @@ const MAX_L2_CACHE: u64 = 32 << 20;
 const SLICE: u64 = 4096;
 /// Refcount cache where nothing is said, clusters.
 const REFCOUNT_CLUSTERS: u64 = 4;
+/// After how many seconds unused parts of the caches go where nothing is said.
+const CLEAN_INTERVAL: u64 = 600;
 /// Most memory any cache is given, bytes: what is more than all tables there can be is as good as this.
 const MOST: u64 = 1 << 40;
 
@@ -50,11 +53,53 @@ pub(super) fn decide(
         pass_discard_snapshot: options.pass_discard_snapshot.unwrap_or(true),
         pass_discard_other: options.pass_discard_other.unwrap_or(false),
         discard_no_unref: no_unref,
+        guarded: guarded(options.overlap_check.as_ref()),
         l2_cache_size: l2,
         l2_slice_size: slice,
         refcount_cache_size: refcount,
+        cache_clean_interval: unsigned("cache-clean-interval", options.cache_clean_interval)?
+            .unwrap_or(CLEAN_INTERVAL),
         data_file_raw: data_file_raw(header),
     })
+}
+
+/// What `overlap-check` comes to.
+fn guarded(option: Option<&OverlapCheck>) -> Kinds {
+    let flags = match option {
+        None => OverlapFlags::default(),
+        Some(OverlapCheck::Mode(mode)) => OverlapFlags { template: Some(*mode), ..OverlapFlags::default() },
+        Some(OverlapCheck::Flags(flags)) => flags.clone(),
+    };
+    let constant = [
+        Kind::Header,
+        Kind::ActiveL1,
+        Kind::RefcountTable,
+        Kind::SnapshotTable,
+        Kind::BitmapDirectory,
+        // Without a flag of their own: they go with the cheapest template.
+        Kind::Bitmap,
+        Kind::Crypto,
+    ];
+    let cached = [Kind::ActiveL2, Kind::RefcountBlock, Kind::InactiveL1];
+    let template = match flags.template.unwrap_or(OverlapMode::Cached) {
+        OverlapMode::None => Kinds::NONE,
+        OverlapMode::Constant => Kinds::of(&constant),
+        OverlapMode::Cached => Kinds::of(&[&constant[..], &cached].concat()),
+        OverlapMode::All => Kinds::ALL,
+    };
+    [
+        (Kind::Header, flags.main_header),
+        (Kind::ActiveL1, flags.active_l1),
+        (Kind::ActiveL2, flags.active_l2),
+        (Kind::RefcountTable, flags.refcount_table),
+        (Kind::RefcountBlock, flags.refcount_block),
+        (Kind::SnapshotTable, flags.snapshot_table),
+        (Kind::InactiveL1, flags.inactive_l1),
+        (Kind::InactiveL2, flags.inactive_l2),
+        (Kind::BitmapDirectory, flags.bitmap_directory),
+    ]
+    .into_iter()
+    .fold(template, |kinds, (kind, flag)| flag.map_or(kinds, |on| kinds.with(kind, on)))
 }
 
 fn unsigned(name: &str, value: Option<i64>) -> Result<Option<u64>> {

@@ -38,6 +38,8 @@ pub(super) struct Blocks {
     map: HashMap<u64, Block>,
     dirty: BTreeSet<u64>,
     tick: u64,
+    /// The time of the last [`Blocks::clean`].
+    cleaned: u64,
     /// Blocks that changed since a check looked at them, while there is one.
     touched: Option<BTreeSet<u64>>,
 }
@@ -46,7 +48,7 @@ impl Blocks {
     pub(super) fn new(geo: Geometry, cache_bytes: u64) -> Blocks {
         // QEMU's least: four blocks.
         let limit = usize::try_from(cache_bytes / geo.cluster_size()).unwrap_or(usize::MAX).max(4);
-        Blocks { geo, limit, map: HashMap::new(), dirty: BTreeSet::new(), tick: 0, touched: None }
+        Blocks { geo, limit, map: HashMap::new(), dirty: BTreeSet::new(), tick: 0, cleaned: 0, touched: None }
     }
 
     /// Notes the time: blocks used since are not dropped by [`Blocks::shrink`].
@@ -100,6 +102,14 @@ impl Blocks {
             };
             self.map.remove(&index);
         }
+    }
+
+    /// Drops clean blocks that were not used since the last call. Whether any are left.
+    pub(super) fn clean(&mut self) -> bool {
+        let (since, dirty) = (std::mem::replace(&mut self.cleaned, self.tick), &self.dirty);
+        self.map.retain(|i, b| dirty.contains(i) || b.writing != 0 || b.used > since);
+        self.tick += 1;
+        !self.map.is_empty()
     }
 
     /// A count; `None` if its block is not loaded.

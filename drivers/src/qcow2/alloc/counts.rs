@@ -6,7 +6,7 @@
 use graph::{BlockError, Errno, NodeIo, Result};
 use host::IoVecs;
 
-use super::{Space, State, lock};
+use super::{Kind, Kinds, Space, State, lock};
 use crate::qcow2::commit::{META_ALIGN, write_all};
 use crate::qcow2::format::Geometry;
 
@@ -190,7 +190,12 @@ impl Space {
         let _turn = self.writes.lock().await;
         let unit = file.limits().request_alignment as usize;
         let mut copies = lock(&self.state).blocks.collect(only, unit);
-        let result = write_all(file, std::mem::take(&mut copies.writes)).await;
+        let own = Kinds::of(&[Kind::RefcountBlock]);
+        let guarded = copies.writes.iter().try_for_each(|w| self.guard(w.offset, w.data.len() as u64, own));
+        let result = match guarded {
+            Ok(()) => write_all(file, std::mem::take(&mut copies.writes)).await,
+            Err(e) => Err(e),
+        };
         match result {
             Ok(()) => lock(&self.state).blocks.written(&copies),
             Err(_) => lock(&self.state).blocks.failed(&copies),
@@ -202,6 +207,13 @@ impl Space {
             state.blocks.shrink(now);
         }
         result
+    }
+
+    /// Forgets refcount blocks that were not used since the last call. Whether any are left.
+    pub(crate) fn clean(&self) -> bool {
+        // Whoever has `slow` is just using what it has loaded.
+        let Some(_slow) = self.slow.try_lock() else { return true };
+        lock(&self.state).blocks.clean()
     }
 
     /// First cluster and number of clusters a range touches.

@@ -7,7 +7,7 @@
 use graph::{BlockError, Errno, NodeIo, Result, StatusFlags, WriteFlags};
 use host::IoVecs;
 
-use super::{Extent, FreeKind, Freed, Kind, Space, lock};
+use super::{Extent, FreeKind, Freed, Kind, Kinds, Space, lock};
 use crate::qcow2::commit::{META_ALIGN, MetaWrite, write_all};
 use crate::qcow2::format::{MAX_REFTABLE_BYTES, refcount};
 
@@ -127,6 +127,7 @@ impl Space {
             }
         };
         let entry = self.reftable_sector(index, cluster << self.geo.cluster_bits());
+        self.guard(entry.offset, entry.data.len() as u64, Kinds::of(&[Kind::RefcountTable]))?;
         *lock(&self.spare) = Some(Spare { index, cluster });
         // In place, one sector, its neighbours unchanged. Its durability is the next barrier's, which comes before any pointer that
         // needs it.

@@ -3,7 +3,7 @@
 //! One nibble per host cluster, in chunks that exist where there is metadata: 4 KiB per 8192 clusters, whatever the number of
 //! tables. Used under a lock of its own; pure.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 /// Clusters of one chunk.
@@ -37,7 +37,42 @@ pub(crate) enum Kind {
     Crypto = 11,
 }
 
+/// A set of kinds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kinds(u16);
+
+impl Kinds {
+    /// All of them.
+    pub(crate) const ALL: Kinds = Kinds(u16::MAX);
+    /// None of them.
+    pub(crate) const NONE: Kinds = Kinds(0);
+
+    /// These.
+    pub(crate) fn of(kinds: &[Kind]) -> Kinds {
+        Kinds(kinds.iter().fold(0, |set, kind| set | kind.bit()))
+    }
+
+    /// Without these.
+    pub(crate) fn without(self, other: Kinds) -> Kinds {
+        Kinds(self.0 & !other.0)
+    }
+
+    /// With or without one.
+    pub(crate) fn with(self, kind: Kind, on: bool) -> Kinds {
+        if on { Kinds(self.0 | kind.bit()) } else { Kinds(self.0 & !kind.bit()) }
+    }
+
+    /// Whether one of them is in it.
+    pub(crate) fn has(self, kind: Kind) -> bool {
+        self.0 & kind.bit() != 0
+    }
+}
+
 impl Kind {
+    fn bit(self) -> u16 {
+        1 << self as u8
+    }
+
     const ALL: [Kind; 11] = [
         Kind::Header,
         Kind::ActiveL1,
@@ -80,12 +115,14 @@ impl fmt::Display for Kind {
 pub(crate) struct MetaMap {
     cluster_bits: u32,
     chunks: HashMap<u64, Box<[u8]>>,
+    /// Clusters where metadata of several kinds lies: L2 tables that snapshots share, and what is damaged.
+    shared: BTreeMap<u64, Kinds>,
 }
 
 impl MetaMap {
     /// Nothing yet.
     pub(crate) fn new(cluster_bits: u32) -> MetaMap {
-        MetaMap { cluster_bits, chunks: HashMap::new() }
+        MetaMap { cluster_bits, chunks: HashMap::new(), shared: BTreeMap::new() }
     }
 
     fn clusters(&self, offset: u64, bytes: u64) -> std::ops::Range<u64> {
@@ -107,32 +144,52 @@ impl MetaMap {
         }
     }
 
-    /// Metadata lies in a range.
+    fn get(&self, cluster: u64) -> Option<Kind> {
+        let at = (cluster % CHUNK) as usize;
+        let byte = self.chunks.get(&(cluster / CHUNK))?.get(at / 2)?;
+        Kind::from_nibble((byte >> ((at % 2) * 4)) & 0xf)
+    }
+
+    fn kinds(&self, cluster: u64) -> Kinds {
+        let one = self.get(cluster).map_or(Kinds::NONE, |kind| Kinds(kind.bit()));
+        match self.shared.is_empty() {
+            true => one,
+            false => self.shared.get(&cluster).copied().unwrap_or(one),
+        }
+    }
+
+    /// Metadata lies in a range, perhaps besides other metadata.
     pub(crate) fn add(&mut self, kind: Kind, offset: u64, bytes: u64) {
         for cluster in self.clusters(offset, bytes) {
+            let before = self.kinds(cluster);
+            if before.without(Kinds(kind.bit())) != Kinds::NONE {
+                self.shared.insert(cluster, before.with(kind, true));
+            }
             self.set(cluster, kind as u8);
         }
     }
 
-    /// It does no longer.
+    /// There is none any more.
     pub(crate) fn remove(&mut self, offset: u64, bytes: u64) {
         for cluster in self.clusters(offset, bytes) {
             self.set(cluster, 0);
+            if !self.shared.is_empty() {
+                self.shared.remove(&cluster);
+            }
         }
     }
 
-    /// The first metadata in a range.
-    pub(crate) fn overlap(&self, offset: u64, bytes: u64) -> Option<Kind> {
+    /// The first metadata of these kinds in a range.
+    pub(crate) fn overlap(&self, offset: u64, bytes: u64, kinds: Kinds) -> Option<Kind> {
         let range = self.clusters(offset, bytes);
         let mut cluster = range.start;
         while cluster < range.end {
-            let Some(nibbles) = self.chunks.get(&(cluster / CHUNK)) else {
+            if !self.chunks.contains_key(&(cluster / CHUNK)) {
                 cluster = (cluster / CHUNK + 1) * CHUNK;
                 continue;
-            };
-            let at = (cluster % CHUNK) as usize;
-            let nibble = nibbles.get(at / 2).map_or(0, |b| (b >> ((at % 2) * 4)) & 0xf);
-            if let Some(kind) = Kind::from_nibble(nibble) {
+            }
+            let here = self.kinds(cluster);
+            if let Some(kind) = Kind::ALL.into_iter().find(|kind| here.has(*kind) && kinds.has(*kind)) {
                 return Some(kind);
             }
             cluster += 1;

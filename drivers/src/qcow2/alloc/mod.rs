@@ -41,7 +41,7 @@ use super::commit::HeaderIo;
 use super::commit::Health;
 use super::format::Geometry;
 
-pub(crate) use meta::{Kind, MetaMap};
+pub(crate) use meta::{Kind, Kinds, MetaMap};
 
 use blocks::Blocks;
 use extent::Slot;
@@ -132,6 +132,8 @@ pub(crate) struct SpaceConfig {
     pub(crate) cache_bytes: u64,
     /// Which discards reach the host.
     pub(crate) pass_discard: PassDiscard,
+    /// Which metadata writes are checked against (`overlap-check`).
+    pub(crate) guarded: Kinds,
     /// Refcounts are written at close only; the dirty bit says so (`lazy-refcounts`).
     pub(crate) lazy: bool,
 }
@@ -174,6 +176,8 @@ pub(crate) struct Space {
     writes: host::sync::Mutex<()>,
     slots: [Mutex<Slot>; SLOTS],
     meta: Mutex<MetaMap>,
+    /// Which metadata writes are checked against.
+    guarded: Kinds,
     /// See there; touched with `slow` held.
     spare: Mutex<Option<Spare>>,
     epochs: Arc<Epochs>,
@@ -221,6 +225,7 @@ impl Space {
             writes: host::sync::Mutex::new(()),
             slots: std::array::from_fn(|_| Mutex::new(Slot::default())),
             meta: Mutex::new(meta),
+            guarded: config.guarded,
             spare: Mutex::new(None),
             epochs,
             health,
@@ -243,15 +248,31 @@ impl Space {
         lock(&self.meta).remove(offset, bytes);
     }
 
-    /// Which metadata a range would overwrite.
-    pub(crate) fn overlap(&self, offset: u64, bytes: u64) -> Option<Kind> {
-        lock(&self.meta).overlap(offset, bytes)
+    /// Which metadata lies in a range, as far as it is wanted to be known (`overlap-check`); `own` is what is to be written there.
+    pub(crate) fn overlap(&self, offset: u64, bytes: u64, own: Kinds) -> Option<Kind> {
+        let kinds = self.guarded.without(own);
+        if kinds == Kinds::NONE { None } else { lock(&self.meta).overlap(offset, bytes, kinds) }
+    }
+
+    /// Before metadata is written: the image is damaged if other metadata lies there.
+    ///
+    /// # Errors
+    /// `EIO`, and the image takes no more writes.
+    pub(crate) fn guard(&self, offset: u64, bytes: u64, own: Kinds) -> Result<(), BlockError> {
+        let Some(kind) = self.overlap(offset, bytes, own) else { return Ok(()) };
+        let message = format!("Preventing invalid write on metadata (overlaps with {kind})");
+        self.health.damaged(&message, Some(offset), Some(bytes));
+        Err(BlockError::new(Errno::EIO, message))
     }
 
     /// Whether a cluster outside of the header is where no metadata lies; otherwise the image is damaged.
     fn check_fresh(&self, first: u64, clusters: u64) -> Result<(), BlockError> {
         let bits = self.geo.cluster_bits();
-        let hit = if first == 0 { Some(Kind::Header) } else { self.overlap(first << bits, clusters << bits) };
+        // Whatever is wanted: it costs nothing here.
+        let hit = match first {
+            0 => Some(Kind::Header),
+            _ => lock(&self.meta).overlap(first << bits, clusters << bits, Kinds::ALL),
+        };
         let Some(kind) = hit else { return Ok(()) };
         let message = format!(
             "Preventing invalid allocation of a cluster at offset {:#x} (overlaps with {kind})",

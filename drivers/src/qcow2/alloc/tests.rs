@@ -152,6 +152,7 @@ fn open(file: NodeIo, bytes: &[u8], lazy: bool) -> Open {
         reftable_clusters: header.reftable_clusters,
         cache_bytes: 0,
         pass_discard: PassDiscard { request: true, snapshot: true, other: false },
+        guarded: Kinds::ALL,
         lazy,
     };
     let l1 = words(header.l1_offset, header.l1_size.into());
@@ -219,13 +220,24 @@ fn metadata_is_known_by_cluster_and_kind() {
     let mut map = MetaMap::new(9);
     map.add(Kind::ActiveL2, 512 * 10, 1024);
     map.add(Kind::RefcountBlock, 512 * 8191, 1024);
-    assert_eq!(map.overlap(0, 512 * 10), None);
-    assert_eq!(map.overlap(512 * 11 + 511, 1), Some(Kind::ActiveL2));
-    assert_eq!(map.overlap(512 * 12, 512 * 8179), None);
-    assert_eq!(map.overlap(512 * 12, 512 * 8179 + 1), Some(Kind::RefcountBlock));
-    assert_eq!(map.overlap(512 * 8192, 1), Some(Kind::RefcountBlock));
+    assert_eq!(map.overlap(0, 512 * 10, Kinds::ALL), None);
+    assert_eq!(map.overlap(512 * 11 + 511, 1, Kinds::ALL), Some(Kind::ActiveL2));
+    assert_eq!(map.overlap(512 * 12, 512 * 8179, Kinds::ALL), None);
+    assert_eq!(map.overlap(512 * 12, 512 * 8179 + 1, Kinds::ALL), Some(Kind::RefcountBlock));
+    assert_eq!(map.overlap(512 * 8192, 1, Kinds::ALL), Some(Kind::RefcountBlock));
+    // Two of a kind, and each of them can be left out.
+    map.add(Kind::ActiveL1, 512 * 10, 512);
+    for (kind, other) in [(Kind::ActiveL1, Kind::ActiveL2), (Kind::ActiveL2, Kind::ActiveL1)] {
+        assert_eq!(map.overlap(512 * 10, 1, Kinds::ALL.with(other, false)), Some(kind));
+        assert_eq!(map.overlap(512 * 10, 1, Kinds::of(&[other])), Some(other));
+    }
+    assert_eq!(
+        map.overlap(512 * 10, 1, Kinds::ALL.without(Kinds::of(&[Kind::ActiveL1, Kind::ActiveL2]))),
+        None
+    );
+    assert_eq!(map.overlap(512 * 11, 512, Kinds::of(&[Kind::ActiveL1])), None);
     map.remove(512 * 10, 1024);
-    assert_eq!(map.overlap(0, 512 * 8191), None);
+    assert_eq!(map.overlap(0, 512 * 8191, Kinds::ALL), None);
 }
 
 #[test]

@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use graph::{BlockError, NodeIo, Result};
 
-use super::alloc::Space;
+use super::alloc::{Kind, Kinds, Space};
 use super::format::INCOMPAT_DIRTY;
 use super::node::{FILE, Qcow2};
 use super::table::Tables;
@@ -137,6 +137,11 @@ impl Commits {
         let dirty = tables.collect();
         let clean = dirty.writes.is_empty() && freed.is_empty();
         let result = async {
+            for w in &dirty.writes {
+                // An L2 table that is written belongs to the active side alone, whatever snapshots had before.
+                let own = if w.l1 { &[Kind::ActiveL1][..] } else { &[Kind::ActiveL2, Kind::InactiveL2] };
+                space.guard(w.offset, w.data.len() as u64, Kinds::of(own))?;
+            }
             if space.lazy() {
                 // With the bit set, nothing on disk has to agree with the refcounts there.
                 if !clean && !self.header.has_incompatible(INCOMPAT_DIRTY) {

@@ -10,6 +10,7 @@ use host::IoVecs;
 use super::join::Pieces;
 use super::plan::{Next, Old, Plan};
 use super::read::MAX_BOUNCE;
+use crate::qcow2::alloc::Kinds;
 use crate::qcow2::node::Qcow2;
 use crate::qcow2::table::Kind;
 
@@ -203,7 +204,7 @@ impl Qcow2 {
         if self.data_file.is_some() {
             return Ok(());
         }
-        let Some(kind) = self.space.overlap(host, len) else { return Ok(()) };
+        let Some(kind) = self.space.overlap(host, len, Kinds::NONE) else { return Ok(()) };
         let words = format!("Preventing invalid write on metadata (overlaps with {kind})");
         Err(self.corrupt(io, words, Some(host), Some(len)).await)
     }

@@ -7,7 +7,7 @@ use graph::{BlockError, Errno, NewSnapshot, NodeIo, Result, SnapshotInfo};
 use super::Unlinked;
 use crate::qcow2::alloc::Kind;
 use crate::qcow2::format::snapshot::Snapshot;
-use crate::qcow2::format::{COPIED, MAX_SNAPSHOTS};
+use crate::qcow2::format::{COPIED, MAX_SNAPSHOTS, OFFSET_MASK};
 use crate::qcow2::node::Qcow2;
 
 /// Longest name QEMU can work with, bytes.
@@ -82,6 +82,12 @@ impl Qcow2 {
         list.push(snapshot);
         self.switch_snapshots(io, list).await?;
         table.keep(Kind::InactiveL1);
+        for table in l1.iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0) {
+            if !self.settings.guarded.has(Kind::InactiveL2) {
+                break;
+            }
+            self.space.add_metadata(Kind::InactiveL2, table, self.geo.cluster_size());
+        }
         self.snapshot_list().pop().ok_or_else(|| Errno::EIO.into())
     }
 

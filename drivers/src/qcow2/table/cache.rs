@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use host::WordPages;
 use host::sync::Event;
 
 /// Slots of a set.
@@ -61,17 +62,12 @@ impl SlotState {
 
 /// The words of a slice, and a bit for each that says whether it is 0. In a chain of images most lookups find nothing: they
 /// read the bits alone, a cache line for a whole slice instead of one for eight entries.
-pub(super) struct Words {
-    cells: Box<[AtomicU64]>,
-    set: Box<[AtomicU64]>,
+pub(super) struct Words<'a> {
+    cells: &'a [AtomicU64],
+    set: &'a [AtomicU64],
 }
 
-impl Words {
-    fn new(count: usize) -> Words {
-        let zeroes = |n: usize| std::iter::repeat_with(AtomicU64::default).take(n).collect();
-        Words { cells: zeroes(count), set: zeroes(count.div_ceil(64)) }
-    }
-
+impl Words<'_> {
     /// A word in host byte order; 0 past the end.
     #[inline]
     pub(super) fn get(&self, index: usize) -> u64 {
@@ -100,21 +96,39 @@ impl Words {
 struct Slot {
     seq: AtomicU64,
     used: AtomicBool,
-    words: OnceLock<Words>,
     state: Mutex<SlotState>,
 }
 
 struct Chunk {
     sets: [Set; CHUNK_SETS],
     slots: Box<[Slot]>,
+    /// The words of all slots, one after the other; their memory comes and goes.
+    cells: WordPages,
+    /// Which of them are not 0.
+    set: Box<[AtomicU64]>,
 }
 
 impl Chunk {
-    fn new() -> Box<Chunk> {
+    fn new(words: usize) -> Box<Chunk> {
+        let slots = CHUNK_SETS * WAYS;
         Box::new(Chunk {
             sets: Default::default(),
-            slots: std::iter::repeat_with(Slot::default).take(CHUNK_SETS * WAYS).collect(),
+            slots: std::iter::repeat_with(Slot::default).take(slots).collect(),
+            cells: WordPages::new(slots * words),
+            set: std::iter::repeat_with(AtomicU64::default).take(slots * words.div_ceil(64)).collect(),
         })
+    }
+
+    /// The words of a slot, each slot having `count`.
+    #[inline]
+    fn words(&self, slot: usize, count: usize) -> Option<Words<'_>> {
+        let bits = count.div_ceil(64);
+        let cells = self.cells.words().get(slot * count..(slot + 1) * count)?;
+        Some(Words { cells, set: self.set.get(slot * bits..(slot + 1) * bits)? })
+    }
+
+    fn key(&self, slot: usize) -> Option<&AtomicU64> {
+        self.sets.get(slot / WAYS)?.keys.get(slot % WAYS)
     }
 }
 
@@ -200,23 +214,28 @@ impl Cache {
         Some((chunk.sets.get(local)?.keys.get(way)?, chunk.slots.get(local * WAYS + way)?))
     }
 
+    fn words(&self, set: usize, way: usize) -> Option<Words<'_>> {
+        self.chunk(set)?.words(set % CHUNK_SETS * WAYS + way, self.words)
+    }
+
     /// Looks at a slice without a lock: `f` gets a way to load words, and its answer counts only if nothing changed
     /// meanwhile. `None`: not cached, suspect, or changing right now.
     #[inline]
-    pub(super) fn read<R>(&self, slice: u64, f: impl Fn(&Words) -> R) -> Option<R> {
+    pub(super) fn read<R>(&self, slice: u64, f: impl Fn(&Words<'_>) -> R) -> Option<R> {
         let set = self.place(slice);
         let chunk = self.chunk(set)?;
         let local = set % CHUNK_SETS;
         let keys = &chunk.sets.get(local)?.keys;
         let way = keys.iter().position(|k| k.load(Relaxed) == slice + 1)?;
         let slot = chunk.slots.get(local * WAYS + way)?;
+        let words = chunk.words(local * WAYS + way, self.words)?;
         for _ in 0..4 {
             let before = slot.seq.load(Acquire);
             if before & 1 == 0 {
                 if keys.get(way)?.load(Relaxed) != slice + 1 {
                     return None;
                 }
-                let answer = f(slot.words.get()?);
+                let answer = f(&words);
                 fence(Acquire);
                 if slot.seq.load(Relaxed) == before {
                     // Only where it is not set yet: a shared store per hit would cost more than the lookup.
@@ -249,7 +268,7 @@ impl Cache {
         if before & 1 != 0 || keys.get(way)?.load(Relaxed) != slice + 1 {
             return None;
         }
-        let words = slot.words.get()?;
+        let words = chunk.words(local * WAYS + way, self.words)?;
         let word = if words.is_zero(index) { 0 } else { words.get(index) };
         fence(Acquire);
         if slot.seq.load(Relaxed) != before {
@@ -285,7 +304,7 @@ impl Cache {
                 continue;
             }
             slot.used.store(true, Relaxed);
-            let words = slot.words.get()?;
+            let words = self.words(set, way)?;
             let mut slice = Slice {
                 cache: self,
                 slice,
@@ -304,7 +323,7 @@ impl Cache {
         let set = self.place(slice);
         let busy = Err(Full::Busy);
         let Some(cell) = self.chunks.get(set / CHUNK_SETS) else { return busy };
-        cell.get_or_init(Chunk::new);
+        cell.get_or_init(|| Chunk::new(self.words));
         let start = self.first_way(slice);
         let mut any_dirty = false;
         // Free ones first, then those not used since the last round, then any.
@@ -339,7 +358,7 @@ impl Cache {
     pub(super) fn fill(&self, at: &Reserved, slice: u64, words: &[u64], suspect: bool) {
         let Some((key, slot)) = self.slot(at.set, at.way) else { return };
         let mut state = lock(&slot.state);
-        let cells = slot.words.get_or_init(|| Words::new(self.words));
+        let Some(cells) = self.words(at.set, at.way) else { return };
         let seq = slot.seq.load(Relaxed);
         slot.seq.store(seq + 1, Relaxed);
         fence(Release);
@@ -376,6 +395,52 @@ impl Cache {
                 }
             }
         }
+    }
+
+    /// Forgets what is clean and was not used since the last call, and gives its memory back. Whether anything is left.
+    pub(super) fn clean(&self) -> bool {
+        // Slots that share a page.
+        let group = (WordPages::words_per_page() / self.words.max(1)).clamp(1, CHUNK_SETS * WAYS);
+        let mut left = false;
+        for chunk in self.chunks.iter().filter_map(OnceLock::get) {
+            for first in (0..CHUNK_SETS * WAYS).step_by(group) {
+                let slots = first..(first + group).min(CHUNK_SETS * WAYS);
+                // In ascending order; nobody else has more than one.
+                let states: Vec<_> =
+                    chunk.slots.iter().take(slots.end).skip(first).map(|s| lock(&s.state)).collect();
+                let (mut gone, mut empty) = (false, true);
+                for (index, state) in slots.clone().zip(&states) {
+                    let (Some(key), Some(slot)) = (chunk.key(index), chunk.slots.get(index)) else {
+                        continue;
+                    };
+                    if key.load(Relaxed) == 0 {
+                        empty &= !state.reserved;
+                    } else if !state.evictable() || slot.used.swap(false, Relaxed) {
+                        empty = false;
+                    } else {
+                        gone = true;
+                        let seq = slot.seq.load(Relaxed);
+                        slot.seq.store(seq + 1, Relaxed);
+                        fence(Release);
+                        key.store(0, Release);
+                        slot.seq.store(seq + 2, Release);
+                    }
+                }
+                left |= !empty;
+                if empty && (gone || group > 1) {
+                    // Whoever reads without a lock and meets the zeroes meets the new sequence number as well: the kernel
+                    // takes the pages away on all processors first.
+                    chunk.cells.release(first * self.words..slots.end * self.words);
+                }
+            }
+        }
+        left
+    }
+
+    /// Whether any slice is cached.
+    pub(super) fn has_any(&self) -> bool {
+        let mut sets = self.chunks.iter().filter_map(OnceLock::get).flat_map(|c| &c.sets);
+        sets.any(|s| s.keys.iter().any(|k| k.load(Acquire) != 0))
     }
 
     /// Copies all dirty sectors; they count as being written until [`Cache::written`].
@@ -418,7 +483,7 @@ pub(crate) struct Slice<'a> {
     cache: &'a Cache,
     slice: u64,
     seq: &'a AtomicU64,
-    words: &'a Words,
+    words: Words<'a>,
     state: MutexGuard<'a, SlotState>,
     changing: bool,
     suspect: bool,

@@ -10,6 +10,7 @@ use host::sync::Event;
 
 use super::Tables;
 use super::cache::{Full, Reserved};
+use crate::qcow2::alloc::Kinds;
 use crate::qcow2::format::{COMPRESSED, COPIED, EntryError, OFFSET_MASK};
 use crate::qcow2::node::{FILE, Qcow2};
 
@@ -119,6 +120,7 @@ impl Tables {
         if let Some(slot) = mine.slot.take() {
             self.cache.fill(&slot, slice, &words, suspect);
         }
+        node.cleaning.set_off(io.local(), &node.tables, &node.space);
         Ok(())
     }
 
@@ -146,7 +148,7 @@ impl Tables {
             return false;
         }
         let size = self.geo().cluster_size();
-        self.decoder.host(entry).is_some_and(|host| node.space.overlap(host, size).is_some())
+        self.decoder.host(entry).is_some_and(|host| node.space.overlap(host, size, Kinds::NONE).is_some())
     }
 
     /// What is wrong with the entry of `guest`, in QEMU's words; for [`super::Kind::Invalid`].

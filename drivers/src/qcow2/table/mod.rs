@@ -9,9 +9,9 @@ pub(crate) mod entry;
 mod l1;
 mod load;
 mod own;
-pub(crate) mod watch;
 #[cfg(test)]
 mod tests;
+pub(crate) mod watch;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -35,6 +35,8 @@ pub(crate) struct TableWrite {
     pub(crate) offset: u64,
     /// What goes there.
     pub(crate) data: Vec<u8>,
+    /// Of the L1 table; otherwise of an L2 table.
+    pub(crate) l1: bool,
 }
 
 /// Everything of L1 and L2 that was dirty when it was collected; all of it belongs behind the first barrier.
@@ -331,6 +333,16 @@ impl Tables {
         self.cache.clear();
     }
 
+    /// Forgets slices that were not used since the last call, and gives their memory back. Whether any are left.
+    pub(crate) fn clean(&self) -> bool {
+        self.cache.clean()
+    }
+
+    /// Whether any slice is cached.
+    pub(crate) fn has_any(&self) -> bool {
+        self.cache.has_any()
+    }
+
     /// Takes copies of everything dirty, for one commit. Exactly one [`Tables::finish`] follows.
     pub(crate) fn collect(&self) -> DirtyTables {
         let mut out = DirtyTables { writes: Vec::new(), slices: Vec::new(), l1: Vec::new() };
@@ -341,18 +353,18 @@ impl Tables {
             let table = self.l1.get(dirty.slice >> self.slices_per_table_bits()) & OFFSET_MASK;
             let base = table + (dirty.slice & in_table) * slice_bytes;
             for (sector, data) in dirty.sectors {
-                pieces.push(TableWrite { offset: base + u64::from(sector) * self.sector, data });
+                pieces.push(TableWrite { offset: base + u64::from(sector) * self.sector, data, l1: false });
             }
             out.slices.push((dirty.slice, dirty.mask));
         }
         for (sector, offset, data) in self.l1.collect() {
-            pieces.push(TableWrite { offset, data });
+            pieces.push(TableWrite { offset, data, l1: true });
             out.l1.push(sector);
         }
         pieces.sort_unstable_by_key(|w| w.offset);
         for piece in pieces {
             match out.writes.last_mut() {
-                Some(last) if last.offset + last.data.len() as u64 == piece.offset => {
+                Some(last) if last.offset + last.data.len() as u64 == piece.offset && last.l1 == piece.l1 => {
                     last.data.extend_from_slice(&piece.data);
                 }
                 _ => out.writes.push(piece),

@@ -223,8 +223,7 @@ impl Tables {
         let step = if self.geo().extended_l2() { 2 } else { 1 };
         // In a table others share COPIED means nothing, on disk as in memory; see `load`.
         let stripped = l1 & COPIED == 0 && !self.geo().data_file();
-        let flagged =
-            stripped && disk.iter().step_by(step).any(|e| e & COMPRESSED == 0 && e & COPIED != 0);
+        let flagged = stripped && disk.iter().step_by(step).any(|e| e & COMPRESSED == 0 && e & COPIED != 0);
         if stripped {
             strip_copied(disk, step);
         }
