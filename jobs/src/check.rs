@@ -2,16 +2,16 @@
 //!
 //! Started by the control channel. The driver's check runs in pieces on an iothread while requests go on; between two pieces the
 //! job can be paused and cancelled, and the node drained by others. Where the driver asks for it, at the end as a rule,
-//! the job drains the node for a piece. Drivers that know no check beside requests are drained for all of it. It repairs
-//! nothing.
+//! the job drains the node for a piece. Drivers that know no check beside requests are drained for all of it. A job that repairs
+//! drains the node for all of it, too: nobody may use tables that are being rewritten.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use graph::{
-    BlockError, BoxFut, CheckReport, CheckStep, Errno, ErrorKind, Graph, OnlineCheck, Perm, Result, RootOptions,
-    View,
+    BlockError, BoxFut, CheckFix, CheckReport, CheckStep, Errno, ErrorKind, Graph, OnlineCheck, Perm, Result,
+    RootOptions, View,
 };
 use host::IoThread;
 use schemars::JsonSchema;
@@ -36,6 +36,10 @@ pub struct BlockCheckReport {
     pub corruptions: u64,
     /// Clusters that are counted as used and are not.
     pub leaks: u64,
+    /// Contradictions that were repaired; what is left counts above.
+    pub corruptions_fixed: u64,
+    /// Leaks that were repaired.
+    pub leaks_fixed: u64,
     /// Clusters of the guest's disk.
     pub total_clusters: u64,
     /// Of these, those that have a place in the file.
@@ -57,6 +61,8 @@ impl BlockCheckReport {
             image_end_offset: r.image_end_offset,
             corruptions: r.corruptions,
             leaks: r.leaks,
+            corruptions_fixed: r.corruptions_fixed,
+            leaks_fixed: r.leaks_fixed,
             total_clusters: r.total_clusters,
             allocated_clusters: r.allocated_clusters,
             fragmented_clusters: r.fragmented_clusters,
@@ -69,6 +75,7 @@ impl BlockCheckReport {
 struct Check {
     graph: Graph,
     node: String,
+    fix: CheckFix,
     thread: IoThread,
     hold: RefCell<Option<Hold>>,
     report: RefCell<Option<BlockCheckReport>>,
@@ -78,7 +85,11 @@ impl Check {
     async fn look(&self, at: &Site) -> Result<()> {
         // Held as long as the job lives: it is the job's node, and stays where it is when users are moved.
         let options = RootOptions {
-            perm: Perm::CONSISTENT_READ,
+            perm: if self.fix == CheckFix::NONE {
+                Perm::CONSISTENT_READ
+            } else {
+                Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED
+            },
             shared: Perm::ALL,
             stay_at_node: true,
             ..RootOptions::new(format!("block job '{}'", at.id()), false)
@@ -87,7 +98,7 @@ impl Check {
         let node = hold.node()?;
         *self.hold.borrow_mut() = Some(hold);
         let mut check = OnlineCheck::default();
-        let mut drained = false;
+        let mut drained = self.fix != CheckFix::NONE;
         let report = loop {
             at.rest().await?;
             let step = if drained {
@@ -127,13 +138,20 @@ impl Check {
         mut check: OnlineCheck,
         drained: bool,
     ) -> Result<(CheckStep, OnlineCheck)> {
+        let fix = self.fix;
         let call = self.thread.call(move |local| async move {
             let io = view.io(&local);
             drop(view);
-            if drained {
-                io.flush().await?;
+            if drained && let Err(e) = io.flush().await {
+                // An image that takes no more writes is looked at as it is.
+                log::debug!("an image could not be flushed before its check: {e}");
             }
-            let step = io.node()?.driver().check_online(&io, &mut check, drained).await?;
+            let node = io.node()?;
+            let step = if fix == CheckFix::NONE {
+                node.driver().check_online(&io, &mut check, drained).await?
+            } else {
+                CheckStep::Done(node.driver().check(&io, fix).await?)
+            };
             Ok((step, check))
         });
         call.await.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))?
@@ -172,15 +190,23 @@ impl Work for Check {
     }
 }
 
-/// Starts a check of a node. The job stays until it is dismissed, so that its report can be seen.
+/// Starts a check of a node, which repairs what `fix` says. The job stays until it is dismissed, so that its report can be seen.
 ///
 /// # Errors
 /// No such node, or the id is bad or taken.
-pub fn start(jobs: &Jobs, graph: &Graph, thread: IoThread, id: &str, node: &str) -> Result<Rc<Job>> {
+pub fn start(
+    jobs: &Jobs,
+    graph: &Graph,
+    thread: IoThread,
+    id: &str,
+    node: &str,
+    fix: CheckFix,
+) -> Result<Rc<Job>> {
     graph.node(node)?;
     let work = Check {
         graph: graph.clone(),
         node: node.to_owned(),
+        fix,
         thread,
         hold: RefCell::new(None),
         report: RefCell::new(None),

@@ -134,18 +134,8 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     let space = make_space(cx.epochs(), &image, &settings, &health, &header_io, geo);
     if settings.guarded.has(Kind::InactiveL2) && !read_only && !image.snapshots.is_empty() {
         // Their L1 tables are read for this alone.
-        let snapshots: Vec<_> =
-            image.snapshots.iter().filter(|s| s.validate_l1(&geo).is_ok()).cloned().collect();
-        let reading = cx.child_io(FILE, move |io| async move {
-            let mut tables = Vec::new();
-            for s in snapshots {
-                let l1 = words(&read_bytes(&io, s.l1_offset, u64::from(s.l1_size) * 8).await?);
-                tables.extend(l1.into_iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0));
-                tables.sort_unstable();
-                tables.dedup();
-            }
-            Ok(tables)
-        });
+        let snapshots = image.snapshots.clone();
+        let reading = cx.child_io(FILE, move |io| async move { inactive_tables(&io, &snapshots, geo).await });
         for table in reading.await? {
             space.add_metadata(Kind::InactiveL2, table, geo.cluster_size());
         }
@@ -288,10 +278,16 @@ pub(super) fn make_space(
         lazy: settings.lazy_refcounts,
     };
     let space = Space::new(config, epochs, Arc::clone(health), Arc::clone(header_io));
-    if settings.read_only {
-        // Nothing will be written, so nothing can be overwritten.
-        return space;
+    // Where nothing will be written nothing can be overwritten.
+    if !settings.read_only {
+        place_metadata(&space, image, geo);
     }
+    space
+}
+
+/// Tells the allocator where the metadata is that it does not find by itself.
+fn place_metadata(space: &Space, image: &Image, geo: Geometry) {
+    let header = &image.header;
     space.add_metadata(Kind::ActiveL1, header.l1_offset, header.l1_bytes());
     let size = geo.cluster_size();
     for table in image.l1.iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0) {
@@ -312,7 +308,48 @@ pub(super) fn make_space(
     if let Some(crypto) = &header.crypto {
         space.add_metadata(Kind::Crypto, crypto.offset, crypto.length);
     }
-    space
+}
+
+impl Qcow2 {
+    /// The image was repaired behind our back: memory is made what the disk is. Drained; everything had been written before.
+    ///
+    /// # Errors
+    /// It cannot be read. The image takes no more writes then.
+    pub(super) async fn read_again(&self, io: &NodeIo) -> Result<()> {
+        let file = io.child(FILE);
+        let policy = Policy { writable: !self.settings.read_only, check: false, inspect: false };
+        let image = match read_image(&file, policy).await {
+            Ok(image) => image,
+            Err(e) => {
+                self.commits.health().stop(&format!("the image could not be read after its repair: {e}"));
+                return Err(e.context("Could not read the repaired image"));
+            }
+        };
+        self.tables.replace_l1(image.header.l1_offset, &image.l1);
+        self.space.read_again(&image.header, image.reftable.clone());
+        if self.settings.guarded.has(Kind::InactiveL2) {
+            for table in inactive_tables(&file, &image.snapshots, self.geo).await? {
+                self.space.add_metadata(Kind::InactiveL2, table, self.geo.cluster_size());
+            }
+        }
+        place_metadata(&self.space, &image, self.geo);
+        self.header.read_again(image.header.clone(), image.first.clone()).await;
+        *self.snapshots() = image.snapshots;
+        self.decoded.clear();
+        Ok(())
+    }
+}
+
+/// L2 tables that snapshots refer to.
+pub(super) async fn inactive_tables(file: &NodeIo, snapshots: &[Snapshot], geo: Geometry) -> Result<Vec<u64>> {
+    let mut tables = Vec::new();
+    for s in snapshots.iter().filter(|s| s.validate_l1(&geo).is_ok()) {
+        let l1 = words(&read_bytes(file, s.l1_offset, u64::from(s.l1_size) * 8).await?);
+        tables.extend(l1.into_iter().map(|e| e & OFFSET_MASK).filter(|t| *t != 0));
+        tables.sort_unstable();
+        tables.dedup();
+    }
+    Ok(tables)
 }
 
 async fn open_data_file(

@@ -20,11 +20,13 @@ use graph::{
 };
 use serde_json::Value;
 
+use super::alloc::Kind;
 use super::bitmap::Bitmaps;
+use super::cleaning::Cleaning;
 use super::commit::{Commits, HeaderIo, Health};
 use super::format::Policy;
 use super::node::{FILE, NO_BACKING, Qcow2};
-use super::open::{make_space, read_image};
+use super::open::{inactive_tables, make_space, read_image};
 use super::options::Qcow2Options;
 use super::settings;
 use super::table::Tables;
@@ -180,6 +182,14 @@ impl Qcow2 {
         let header = Arc::new(header);
         let epochs = cx.epochs().unwrap_or_default();
         let space = make_space(epochs, &image, &settings, &health, &header, geo);
+        if settings.guarded.has(Kind::InactiveL2) && !read_only && !image.snapshots.is_empty() {
+            let snapshots = image.snapshots.clone();
+            let reading =
+                cx.on_io(move |io| async move { inactive_tables(&io.child(FILE), &snapshots, geo).await });
+            for table in reading.await? {
+                space.add_metadata(Kind::InactiveL2, table, geo.cluster_size());
+            }
+        }
         let sector = cx.child(FILE).map_or(512, |f| f.driver().limits().request_alignment.max(512));
         let tables = Tables::new(
             geo,
@@ -193,8 +203,9 @@ impl Qcow2 {
         Ok(Qcow2 {
             geo,
             size: AtomicU64::new(image.header.virtual_size()),
-            tables,
-            space,
+            tables: Arc::new(tables),
+            space: Arc::new(space),
+            cleaning: Cleaning::new(settings.cache_clean_interval),
             commits: Commits::new(health, Arc::clone(&header), !read_only),
             header,
             data: self.data,

@@ -316,3 +316,38 @@ fn a_check_can_be_cancelled_half_way() {
     assert_clean(&check(&mut rig.qmp, "whole"), "whole");
     drop(load.end());
 }
+
+#[test]
+fn an_image_in_use_is_repaired_while_a_front_end_waits() {
+    let image = Image::new(128 * MIB);
+    let mut rig = serve(&image.path, "");
+    let load = Load::start(disk(&rig), 64 * MIB..128 * MIB, 11);
+    image.poke(image.refcount(17 * MIB), &2u16.to_be_bytes());
+    // A number too low, which two entries share.
+    let shared = image.word(image.l2_entry(20 * MIB));
+    image.poke(image.l2_entry(21 * MIB), &shared.to_be_bytes());
+    let found = check(&mut rig.qmp, "look");
+    assert!(found["leaks"].as_u64().unwrap() >= 2 && found["corruptions"].as_u64().unwrap() >= 2, "{found}");
+    for (id, fix) in [("leaks", "leaks"), ("all", "all")] {
+        let arguments = json!({"job-id": id, "node-name": "node-e", "fix": fix});
+        rig.command("block-check", arguments);
+        let is_over = |data: &Value| data["id"] == id && data["status"] == "concluded";
+        rig.qmp.wait_event_where("JOB_STATUS_CHANGE", is_over).unwrap();
+        let report = rig.command("query-block-check", json!({"id": id}));
+        assert_eq!(report["leaks"], 0, "{report}");
+        let figure = if fix == "leaks" { "leaks-fixed" } else { "corruptions-fixed" };
+        assert!(report[figure].as_u64().unwrap() > 0, "{report}");
+        rig.command("job-dismiss", json!({"id": id}));
+    }
+    assert_clean(&check(&mut rig.qmp, "after"), "after");
+    let (mut disk, _) = load.end();
+    for at in [17 * MIB, 20 * MIB, 21 * MIB] {
+        assert_eq!(disk.read(at, 4096).unwrap(), [1; 4096]);
+    }
+    // Shared no longer once it is written.
+    disk.write(20 * MIB, &[5; 4096]).unwrap();
+    assert_eq!(disk.read(21 * MIB, 4096).unwrap(), [1; 4096]);
+    drop(disk);
+    assert!(rig.daemon.terminate(Duration::from_secs(20)).unwrap().success(), "{}", rig.daemon.stderr());
+    done("qemu-img", &["check", "-q", "-f", "qcow2", image.path.to_str().unwrap()]);
+}

@@ -172,3 +172,102 @@ fn snapshots_that_qemu_made_are_kept_used_and_deleted() {
     let second = [vec![1; 1 << 20], vec![2; 2 << 20], vec![0; 1 << 20]].concat();
     assert!(content(&path, Some("2"), folder.path()) == second);
 }
+
+#[test]
+fn a_snapshot_is_read_while_a_front_end_writes() {
+    for (seed, options) in [
+        (1, "cluster_size=64k"),
+        (2, "cluster_size=4k,refcount_bits=8"),
+        (3, "extended_l2=on,cluster_size=32k"),
+        (4, "cluster_size=512"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.qcow2").display().to_string();
+        done(&["create", "-q", "-f", "qcow2", "-o", options, &path, &SIZE.to_string()]);
+        let node = format!(
+            "qcow2,discard=unmap,l2-cache-size=16384,l2-cache-entry-size=512,file.driver=file,\
+             file.node-name=disk-file,file.discard=unmap,file.filename={path}"
+        );
+        let mut rig = Rig::start(&[Wanted::node("disk", &node)]);
+        let mut disk = rig.disk("disk", &setup());
+        let mut rng = Rng::new(seed);
+        let mut model = vec![0; SIZE as usize];
+        random_writes(&mut disk, &mut model, &mut rng, 30);
+        rig.command("blockdev-snapshot-internal-sync", json!({"device": "node-disk", "name": "then"}));
+        let then = model.clone();
+        random_writes(&mut disk, &mut model, &mut rng, 10);
+        let reader = json!({"driver": "qcow2", "node-name": "reader", "read-only": true, "snapshot": "then",
+                            "file": "disk-file"});
+        rig.command("blockdev-add", reader);
+        rig.add_export("past", "reader", &json!({})).unwrap();
+        let mut past = rig.disk("past", &setup());
+        // The one writes, gives up, allocates; the other sees the disk as it was.
+        for _ in 0..40 {
+            random_writes(&mut disk, &mut model, &mut rng, 6);
+            let len = (1 + rng.below(256)) * 512;
+            let at = rng.below((SIZE - len) / 512) * 512;
+            let range = at as usize..(at + len) as usize;
+            assert!(past.read(at, len as u32).unwrap() == then[range.clone()], "{options} at {at}");
+            assert!(disk.read(at, len as u32).unwrap() == model[range], "{options} at {at}");
+        }
+        let whole: Vec<u8> = (0..SIZE / 65536).flat_map(|n| past.read(n * 65536, 65536).unwrap()).collect();
+        assert!(whole == then, "{options}");
+        assert!(past.write(0, &[1; 512]).is_err());
+        // What is being read is not deleted, and a check is the writer's.
+        let delete = json!({"device": "node-disk", "name": "then"});
+        let refused = rig.qmp.execute("blockdev-snapshot-delete-internal-sync", delete.clone());
+        assert!(refused.unwrap_err().to_string().contains("in use"));
+        drop(past);
+        rig.wait_disconnected("past");
+        rig.command("block-export-del", json!({"id": "past"}));
+        rig.qmp.wait_event("BLOCK_EXPORT_DELETED").unwrap();
+        rig.command("blockdev-del", json!({"node-name": "reader"}));
+        rig.command("blockdev-snapshot-delete-internal-sync", delete);
+        drop(disk);
+        assert!(rig.daemon.terminate(Duration::from_secs(20)).unwrap().success(), "{}", rig.daemon.stderr());
+        done(&["check", "-q", "-f", "qcow2", &path]);
+        assert!(content(&path, None, folder.path()) == model, "{options}: the disk");
+    }
+}
+
+/// Resident memory of a process, KiB.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|l| l.starts_with("RssAnon:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn memory_of_the_caches_goes_back_when_nobody_uses_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2").display().to_string();
+    // 16 MiB of L2 tables.
+    done(&["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata,cluster_size=4k", &path, "8G"]);
+    let node = |interval: u64| {
+        Wanted::node(
+            "disk",
+            &format!("qcow2,cache-clean-interval={interval},file.driver=file,file.filename={path}"),
+        )
+        .options("writable=off")
+    };
+    for interval in [1, 0] {
+        let mut rig = Rig::start(&[node(interval)]);
+        let mut disk = rig.disk("disk", &setup());
+        disk.read(0, 512).unwrap();
+        let pid = rig.daemon.pid();
+        let before = resident(pid);
+        for slice in 0..(8u64 << 30) / (2 << 20) {
+            disk.read(slice * (2 << 20), 512).unwrap();
+        }
+        let full = resident(pid);
+        if interval == 0 {
+            // Never.
+            assert!(full > before + (8 << 10), "{before} KiB, then {full} KiB");
+            continue;
+        }
+        rig.wait_for("return of the memory", |_| resident(pid) < before + (4 << 10));
+        // Used again, it is there again.
+        disk.read(4 << 30, 512).unwrap();
+        rig.assert_running();
+    }
+}

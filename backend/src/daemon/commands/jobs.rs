@@ -200,18 +200,35 @@ struct BlockCheck {
     job_id: String,
     /// The node.
     node_name: String,
+    /// What is repaired; default: nothing.
+    #[serde(default)]
+    fix: Option<BlockCheckFix>,
+}
+
+/// What a check repairs, as `qemu-img check -r` has it.
+#[derive(Clone, Copy, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum BlockCheckFix {
+    /// Space that nobody refers to is given back.
+    Leaks,
+    /// As `leaks`, and contradictions are put right.
+    All,
 }
 
 fn check(commands: &mut Commands<State>) {
     commands.register(
         "block-check",
-        "Looks for contradictions in the metadata of an image that is in use, as a job; repairs nothing. Requests go \
-         on meanwhile, but for a moment at the end. The job stays until it is dismissed; `query-block-check` tells \
-         what it found. QEMU has no such command.",
+        "Looks for contradictions in the metadata of an image that is in use, as a job. Requests go on meanwhile, but for \
+         a moment at the end; where something is to be repaired they wait all the time. The job stays until it is \
+         dismissed; `query-block-check` tells what it found. QEMU has no such command.",
         |daemon: State, a: BlockCheck| async move {
             daemon.ready_graph()?;
             let thread = daemon.own_iothread()?;
-            jobs::check::start(&daemon.jobs, &daemon.graph, thread, &a.job_id, &a.node_name).map_err(block)?;
+            let fix = graph::CheckFix {
+                leaks: a.fix.is_some(),
+                errors: matches!(a.fix, Some(BlockCheckFix::All)),
+            };
+            jobs::check::start(&daemon.jobs, &daemon.graph, thread, &a.job_id, &a.node_name, fix).map_err(block)?;
             Ok(())
         },
     );

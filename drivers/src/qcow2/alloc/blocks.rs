@@ -51,6 +51,11 @@ impl Blocks {
         Blocks { geo, limit, map: HashMap::new(), dirty: BTreeSet::new(), tick: 0, cleaned: 0, touched: None }
     }
 
+    /// The same without any block.
+    pub(super) fn emptied(&self) -> Blocks {
+        Blocks { limit: self.limit, ..Blocks::new(self.geo, 0) }
+    }
+
     /// Notes the time: blocks used since are not dropped by [`Blocks::shrink`].
     pub(super) fn now(&mut self) -> u64 {
         self.tick += 1;

@@ -39,7 +39,7 @@ use graph::{BlockError, Epochs, Errno, Ticket};
 
 use super::commit::HeaderIo;
 use super::commit::Health;
-use super::format::Geometry;
+use super::format::{Geometry, Header};
 
 pub(crate) use meta::{Kind, Kinds, MetaMap};
 
@@ -164,6 +164,38 @@ struct State {
     partial: u64,
 }
 
+impl State {
+    /// For a refcount table that was read, and its place (bytes, clusters).
+    fn new(blocks: Blocks, reftable: Vec<u64>, place: (u64, u64)) -> State {
+        State {
+            blocks,
+            reftable,
+            reftable_offset: place.0,
+            reftable_clusters: place.1,
+            free: FreeMap::default(),
+            end: None,
+            file_end: 0,
+            opened: 0,
+            virgin: u64::MAX,
+            unscanned: BTreeSet::new(),
+            pending: Vec::new(),
+            waiting: VecDeque::new(),
+            partial: 0,
+        }
+    }
+}
+
+/// Header, refcount table and refcount blocks.
+fn structures(geo: Geometry, reftable: &[u64], offset: u64, clusters: u32) -> MetaMap {
+    let mut meta = MetaMap::new(geo.cluster_bits());
+    meta.add(Kind::Header, 0, geo.cluster_size());
+    meta.add(Kind::RefcountTable, offset, u64::from(clusters) << geo.cluster_bits());
+    for block in reftable.iter().filter(|b| **b != 0) {
+        meta.add(Kind::RefcountBlock, *block, geo.cluster_size());
+    }
+    meta
+}
+
 /// See the module's page. One per image, used from all iothreads.
 pub(crate) struct Space {
     geo: Geometry,
@@ -194,28 +226,12 @@ impl Space {
         header: Arc<HeaderIo>,
     ) -> Space {
         let geo = config.geometry;
-        let mut meta = MetaMap::new(geo.cluster_bits());
-        meta.add(Kind::Header, 0, geo.cluster_size());
-        let table_bytes = u64::from(config.reftable_clusters) << geo.cluster_bits();
-        meta.add(Kind::RefcountTable, config.reftable_offset, table_bytes);
-        for block in config.reftable.iter().filter(|b| **b != 0) {
-            meta.add(Kind::RefcountBlock, *block, geo.cluster_size());
-        }
-        let state = State {
-            blocks: Blocks::new(geo, config.cache_bytes),
-            reftable: config.reftable,
-            reftable_offset: config.reftable_offset,
-            reftable_clusters: config.reftable_clusters.into(),
-            free: FreeMap::default(),
-            end: None,
-            file_end: 0,
-            opened: 0,
-            virgin: u64::MAX,
-            unscanned: BTreeSet::new(),
-            pending: Vec::new(),
-            waiting: VecDeque::new(),
-            partial: 0,
-        };
+        let meta = structures(geo, &config.reftable, config.reftable_offset, config.reftable_clusters);
+        let state = State::new(
+            Blocks::new(geo, config.cache_bytes),
+            config.reftable,
+            (config.reftable_offset, config.reftable_clusters.into()),
+        );
         Space {
             geo,
             pass_discard: config.pass_discard,
@@ -231,6 +247,20 @@ impl Space {
             health,
             header,
         }
+    }
+
+    /// The image was changed behind our back: what was known of it is forgotten. Drained, settled; other metadata than the
+    /// refcounts' own has to be placed again.
+    pub(crate) fn read_again(&self, header: &Header, reftable: Vec<u64>) {
+        let meta = structures(self.geo, &reftable, header.reftable_offset, header.reftable_clusters);
+        let place = (header.reftable_offset, header.reftable_clusters.into());
+        {
+            let mut state = lock(&self.state);
+            let blocks = state.blocks.emptied();
+            *state = State::new(blocks, reftable, place);
+        }
+        *lock(&self.meta) = meta;
+        *lock(&self.spare) = None;
     }
 
     /// Whether refcounts stay in memory until the image is closed.

@@ -39,6 +39,14 @@ impl HeaderIo {
         self.parsed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The header was changed behind our back, and is this now. Drained.
+    pub(crate) async fn read_again(&self, header: Header, mut first: Vec<u8>) {
+        first.resize(header.geometry().cluster_size() as usize, 0);
+        let mut bytes = self.bytes.lock().await;
+        *self.header() = header;
+        *bytes = first;
+    }
+
     /// The first offset at which the header on disk is not what it was left as.
     ///
     /// # Errors

@@ -95,6 +95,13 @@ impl Drop for Turn {
     }
 }
 
+impl Turn {
+    /// Whether it is one of this watch.
+    pub(crate) fn is_of(&self, watch: &Arc<Watch>) -> bool {
+        Arc::ptr_eq(&self.0, watch)
+    }
+}
+
 impl Watch {
     /// What was counted. Not to be held across waiting.
     pub(crate) fn census(&self) -> MutexGuard<'_, Option<Census>> {

@@ -36,6 +36,7 @@ fn copies_show_and_store_the_same() {
         &["-O", "qcow2"],
         &["-O", "qcow2", "-o", "cluster_size=4k"],
         &["-O", "qcow2", "-c"],
+        &["-O", "qcow2", "-c", "-o", "compression_type=zstd,cluster_size=16k"],
         &["-O", "raw", "-S", "0"],
         &["-O", "raw", "-W", "-m", "16"],
     ];

@@ -4,6 +4,7 @@
 
 mod bitmaps;
 mod compatible;
+mod corruption;
 mod events;
 mod limits;
 mod locks;

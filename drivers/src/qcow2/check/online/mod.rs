@@ -112,7 +112,7 @@ struct Online {
     verified: Verified,
     done: u64,
     total: u64,
-    _turn: Turn,
+    turn: Turn,
 }
 
 impl Qcow2 {
@@ -137,7 +137,7 @@ impl Qcow2 {
         }
         let kept = check.state.take().and_then(|s| s.downcast::<Online>().ok());
         let mut online = match kept {
-            Some(online) if online.generation == self.tables.watch().generation() => online,
+            Some(online) if online.is_of(self) => online,
             old => {
                 drop(old);
                 Box::new(self.begin_online(io).await?)
@@ -195,12 +195,18 @@ impl Qcow2 {
             verified: Verified::default(),
             done: 0,
             total: entries * self.geo.cluster_size(),
-            _turn: turn,
+            turn,
         })
     }
 }
 
 impl Online {
+    /// Whether it is about this image as it is now: it may have been opened again with other options meanwhile.
+    fn is_of(&self, node: &Qcow2) -> bool {
+        let watch = node.tables.watch();
+        self.turn.is_of(watch) && self.generation == watch.generation()
+    }
+
     /// One piece; whether it was the last.
     async fn piece(
         &mut self,
