@@ -55,9 +55,9 @@ pub use control::actions::{
     SnapshotSyncAction,
 };
 pub use control::bitmaps::{BitmapRef, NewBitmap};
-pub use control::surgery::{Insertion, Replacing};
 pub use control::query;
 pub use control::snapshots::SnapshotQuery;
+pub use control::surgery::{Insertion, Replacing};
 pub use control::{Change, FreezeGuard, Graph, IoThreadSource, MAX_NODES, Root};
 pub use create::{CreateContext, CreateDef, JobControl};
 pub use debug::DebugEvent;

@@ -341,7 +341,11 @@ impl Qcow2 {
 }
 
 /// L2 tables that snapshots refer to.
-pub(super) async fn inactive_tables(file: &NodeIo, snapshots: &[Snapshot], geo: Geometry) -> Result<Vec<u64>> {
+pub(super) async fn inactive_tables(
+    file: &NodeIo,
+    snapshots: &[Snapshot],
+    geo: Geometry,
+) -> Result<Vec<u64>> {
     let mut tables = Vec::new();
     for s in snapshots.iter().filter(|s| s.validate_l1(&geo).is_ok()) {
         let l1 = words(&read_bytes(file, s.l1_offset, u64::from(s.l1_size) * 8).await?);

@@ -36,9 +36,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, CheckFix, CheckReport, CheckStep, Driver, DriverInfo, Errno, Limits, Map,
-    NewSnapshot, Node, NodeIo, OnlineCheck, Op, Perm, Reopen, ReopenContext, Result, Roles, SnapshotInfo,
-    SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, CheckFix, CheckReport, CheckStep, Driver, DriverInfo, Errno, Limits,
+    Map, NewSnapshot, Node, NodeIo, OnlineCheck, Op, Perm, Reopen, ReopenContext, Result, Roles,
+    SnapshotInfo, SnapshotRef, Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 use serde_json::Value;
