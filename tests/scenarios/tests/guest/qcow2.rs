@@ -19,13 +19,13 @@ fn sha256(path: &Path) -> String {
 }
 
 /// Runs `qemu-img`; its exit code and what it printed.
-fn qemu_img(arguments: &[&str]) -> (i32, String) {
+pub fn qemu_img(arguments: &[&str]) -> (i32, String) {
     let out = Command::new("qemu-img").args(arguments).output().unwrap();
     let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     (out.status.code().unwrap_or(-1), text)
 }
 
-fn made(arguments: &[&str]) {
+pub fn made(arguments: &[&str]) {
     let (code, text) = qemu_img(arguments);
     assert_eq!(code, 0, "qemu-img {arguments:?}: {text}");
 }
