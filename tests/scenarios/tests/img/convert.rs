@@ -89,6 +89,31 @@ fn a_target_that_exists_is_overwritten_as_a_whole() {
 }
 
 #[test]
+fn a_source_and_what_lies_below_it_are_never_the_target() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let file = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    folder.qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "dense.raw", "-F", "raw", "above", "2M"]);
+    std::fs::hard_link(folder.path().join("dense.raw"), folder.path().join("link")).unwrap();
+    let (dense, plain) = (file("dense.raw"), file("plain.qcow2"));
+    let cases: &[&[&str]] = &[
+        &["-f", "raw", "-O", "raw", "dense.raw", "dense.raw"],
+        &["-f", "raw", "-O", "qcow2", "dense.raw", "link"],
+        &["-n", "-f", "raw", "-O", "raw", "dense.raw", "link"],
+        &["-f", "raw", "-O", "qcow2", "sparse.raw", "dense.raw", "dense.raw"],
+        &["-f", "qcow2", "-O", "raw", "above", "dense.raw"],
+        &["-n", "-f", "qcow2", "-O", "raw", "above", "dense.raw"],
+        &["-f", "qcow2", "-O", "raw", "plain.qcow2", "plain.qcow2"],
+        &["-f", "raw", "-O", "qcow2", "-o", "data_file=dense.raw", "dense.raw", "copy"],
+    ];
+    for case in cases {
+        let line = folder.refused(1, &[&["convert"], *case].concat());
+        assert!(line.contains("lock"), "{case:?}: {line}");
+        assert!(file("dense.raw") == dense && file("plain.qcow2") == plain, "{case:?}");
+    }
+}
+
+#[test]
 fn several_images_become_one() {
     let Some(folder) = Folder::new() else { return };
     corpus::make(&folder);
