@@ -459,6 +459,10 @@ impl Format {
         let noise = has_member(&schema, "key-secret");
         let on_device =
             on_device && (self.is_file || options.get("preallocation").is_some_and(|p| p != "off"));
-        !noise && !on_device
+        // Nor what is set aside inside an encrypted image: what lies there is deciphered.
+        let set_aside = options.get("preallocation").is_some_and(|mode| mode != "off")
+            || options.get("data-file-raw").is_some_and(|raw| raw != "off");
+        let ciphered = options.0.keys().any(|name| name.starts_with("encrypt."));
+        !noise && !on_device && !(set_aside && ciphered)
     }
 }
