@@ -19,7 +19,7 @@
 //!
 //! Locks, all leaves, none held across waiting: `io::tracked::Tracker::list`, `stats::NodeStats::state`, `drain::Fan`,
 //! `pins::Pins::claims`, `node::Node::options`, `node::Node::driver`,
-//! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::list` (and in it `bitmap::Bitmap::bits`).
+//! `epoch::Epochs::participants` (and in it `epoch::Participant::grace`), `bitmap::BitmapSet::members` (and in it `bitmap::Bitmap::bits`).
 
 #![forbid(unsafe_code)]
 

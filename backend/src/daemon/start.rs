@@ -5,8 +5,10 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::task::Poll;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use graph::Registry;
@@ -56,6 +58,7 @@ pub fn run(plan: Plan, passed: PassedFds, signals: Signals, ready: Option<Ready>
     let channel = ControlChannel::new(Server::new(table.clone(), daemon.clone(), events)).map_err(text)?;
     let channel = Rc::new(RefCell::new(channel));
     let result = serve(plan, &daemon, &table, &channel, signals, ready);
+    end_commands(&daemon, &channel);
     let ending = daemon.clone();
     daemon.executor.block_on(async move { ending.shutdown().await });
     // Last answers and events still go out.
@@ -63,6 +66,18 @@ pub fn run(plan: Plan, passed: PassedFds, signals: Signals, ready: Option<Ready>
     drop(channel);
     daemon.stop_threads();
     result
+}
+
+/// Waits for the commands that are being executed and begins no further one: what changes an image must come to its end
+/// before the image is closed, and nothing may be opened after.
+fn end_commands(daemon: &Rc<Daemon>, channel: &Channel) {
+    let channel = channel.clone();
+    channel.borrow_mut().server().stop_starting();
+    daemon.executor.block_on(poll_fn(move |cx| {
+        let mut channel = channel.borrow_mut();
+        channel.server().poll(cx);
+        if channel.server().is_busy() { Poll::Pending } else { Poll::Ready(()) }
+    }));
 }
 
 fn serve(

@@ -229,7 +229,7 @@ pub struct SnapshotArgs {
     /// Create a snapshot of this name.
     #[arg(short = 'c', long = "create", value_name = "SNAPSHOT")]
     pub create: Option<String>,
-    /// Delete a snapshot, given by id or name.
+    /// Delete the snapshot of this name.
     #[arg(short = 'd', long = "delete", value_name = "SNAPSHOT")]
     pub delete: Option<String>,
     /// The image.

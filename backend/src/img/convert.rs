@@ -46,7 +46,9 @@ pub async fn run(session: Session, args: ConvertArgs) -> Outcome {
     let wish = check(&args, given)?;
     session.objects(&args.objects).await?;
     let mut sources = Vec::with_capacity(wish.sources.len());
-    let how = How::read(args.share.force_share).cache(&args.source_cache, "source ")?;
+    // A target that is one of the sources, or lies below one, has to be refused before it is emptied.
+    let how =
+        How { steady: true, ..How::read(args.share.force_share) }.cache(&args.source_cache, "source ")?;
     for spec in &wish.sources {
         let image = match &args.snapshot {
             Some(snapshot) => session.open_snapshot(spec, how, snapshot).await?,
@@ -63,6 +65,10 @@ pub async fn run(session: Session, args: ConvertArgs) -> Outcome {
         _ => Vec::new(),
     };
     let (target, fresh) = target(&session, &args, &wish, total).await?;
+    if args.bitmaps && !target.node()?.driver().supports_bitmaps() {
+        let format = target.node()?.driver_name();
+        return Err(Failure::new(format!("Format driver '{format}' does not support bitmaps")));
+    }
     let target_backing = match wish.options.get("backing-file") {
         Some(_) => target.io(|io| async move { Ok(status::backing(&io)?.map(|b| b.size())) }).await?,
         None => None,
@@ -131,6 +137,9 @@ fn check(args: &ConvertArgs, mut options: Options) -> Result<Wish, Failure> {
     }
     if args.copy_range && (args.compress || args.salvage) {
         return fail("Cannot use copy offloading when -c or --salvage is used");
+    }
+    if args.compress && options.get("preallocation").is_some_and(|mode| mode != "off") {
+        return fail("Compression and preallocation not supported at the same time");
     }
     if args.no_create && args.backing.is_some() {
         return fail("-B cannot be combined with -n: the target is what it is");

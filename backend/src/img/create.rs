@@ -72,7 +72,9 @@ pub async fn below(
     if !format.has_backing() {
         return Err(Failure::new(format!("Backing file not supported for file format '{}'", format.name())));
     }
-    if backing == filename {
+    let image = filename.strip_prefix("file:").unwrap_or(filename);
+    let below = super::info::full_name(filename, &backing);
+    if backing == filename || layout::same_file(image, below.strip_prefix("file:").unwrap_or(&below)) {
         return Err(Failure::new(
             "Error: Trying to create an image with the same filename as the backing file",
         ));

@@ -49,6 +49,9 @@ pub struct How {
     pub no_flush: bool,
     /// What the image says about files below it is not followed.
     pub alone: bool,
+    /// Nobody may write to it meanwhile, nor to what lies below: neither others nor the command itself. Not with
+    /// `force_share`.
+    pub steady: bool,
     /// What for.
     pub purpose: Purpose,
 }
@@ -122,7 +125,10 @@ impl Session {
             true => Some(self.guard_file(&node).await.map_err(failed)?),
             false => None,
         };
-        let root = RootOptions::new("the command", how.writable);
+        let mut root = RootOptions::new("the command", how.writable);
+        if how.steady {
+            root.shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
+        }
         let attached = self.graph().attach(&node, root, Rc::new(NoSource)).await;
         let root = attached.map_err(|e| failed(e.into()))?;
         Ok(Image { name: spec.name.clone(), node, root, guard, session: self.clone() })

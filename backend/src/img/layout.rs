@@ -323,6 +323,12 @@ impl Plan {
     async fn carry_out(mut self, session: &Session, filename: &str, format: &Format) -> Result<(), Failure> {
         let node = session.named(filename, None)?;
         let path = node.get("filename").and_then(Value::as_str).unwrap_or_default().to_owned();
+        if let Some(data) = &self.data_file {
+            let data = session.named(data, None)?;
+            if same_file(&path, data.get("filename").and_then(Value::as_str).unwrap_or_default()) {
+                return Err(Failure::new("The data file cannot be the image itself"));
+            }
+        }
         let is_device = node.get("driver") == Some(&json!("host_device"));
         if format.is_file {
             if is_device {
@@ -357,6 +363,16 @@ impl Plan {
             }
         }
         result
+    }
+}
+
+/// Whether two names are of one file, whatever links lead to it.
+pub fn same_file(a: &str, b: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (std::fs::metadata(a), std::fs::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        // What is made first would be found by the other name.
+        _ => Path::new(a) == Path::new(b),
     }
 }
 
@@ -443,6 +459,10 @@ impl Format {
         let noise = has_member(&schema, "key-secret");
         let on_device =
             on_device && (self.is_file || options.get("preallocation").is_some_and(|p| p != "off"));
-        !noise && !on_device
+        // Nor what is set aside inside an encrypted image: what lies there is deciphered.
+        let set_aside = options.get("preallocation").is_some_and(|mode| mode != "off")
+            || options.get("data-file-raw").is_some_and(|raw| raw != "off");
+        let ciphered = options.0.keys().any(|name| name.starts_with("encrypt."));
+        !noise && !on_device && !(set_aside && ciphered)
     }
 }

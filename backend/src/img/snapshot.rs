@@ -55,7 +55,8 @@ pub async fn run(session: Session, args: SnapshotArgs) -> Outcome {
             done.await.map_err(|e| e.context(format!("Could not apply snapshot '{name}'")))?;
         }
         Action::Delete(name) => {
-            let which = SnapshotRef::IdOrName(name.clone());
+            // As qemu-img: never by id. A name may look like the id of another one, which would be gone then.
+            let which = SnapshotRef::Name(name.clone());
             let done = image.io(move |io| async move {
                 let driver = io.node()?.driver();
                 driver.snapshot_delete(&io, which).await.map_err(words)

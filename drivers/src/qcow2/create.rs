@@ -85,7 +85,8 @@ pub(super) async fn create(mut cx: CreateContext, value: Value) -> Result<()> {
         cx.truncate(index, whole.unwrap_or(header.size), how).await?;
     }
     // Old bytes in clusters that are allocated must not show, nor zeroes be deciphered.
-    let hide = data.is_none() && header.version >= 3 && (!emptied || header.crypt != CryptMethod::None);
+    let stale = data.is_none() && !emptied;
+    let hide = header.version >= 3 && (stale || header.crypt != CryptMethod::None);
     let control = cx.control();
     let tables = Tables { layout, header, crypto, hide };
     cx.child_io(file, move |io| async move { tables.write(&io, first, &control).await }).await?;

@@ -50,9 +50,11 @@ pub(super) struct Image {
 pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
     let options: Qcow2Options = parse_options(value)?;
     let common = *cx.options();
-    let index = match &options.snapshot {
-        None => cx.open_child("file", Roles::IMAGE, options.file.clone()).await?,
-        Some(_) => {
+    // A file node that is defined here is nobody else's: no other one may write to the file, as for any image.
+    let beside_writer = options.snapshot.is_some() && matches!(options.file, BlockdevRef::Reference(_));
+    let index = match beside_writer {
+        false => cx.open_child("file", Roles::IMAGE, options.file.clone()).await?,
+        true => {
             // Somebody may be writing to the image: what a snapshot refers to stays as it is.
             let meanwhile = PermPair { perm: Perm::CONSISTENT_READ, shared: Perm::ALL };
             cx.open_child_as("file", Roles::IMAGE, options.file.clone(), meanwhile).await?
@@ -172,7 +174,8 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         decoded: Default::default(),
         snapshots: Mutex::new(image.snapshots),
         bitmaps: bitmap::Bitmaps::new(set, directory),
-        reading,
+        _reading: reading,
+        beside_writer,
     };
     Ok(Opened::new(node).read_only(fell_back))
 }

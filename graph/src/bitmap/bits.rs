@@ -41,7 +41,7 @@ impl Bits {
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.granules().div_ceil(64) * 8
+        bytes(self.shift, self.size)
     }
 
     pub(super) fn count(&self) -> u64 {
@@ -173,6 +173,11 @@ impl Bits {
         }
         Ok(())
     }
+}
+
+/// Bytes of the words over a size.
+pub(super) fn bytes(shift: u32, size: u64) -> u64 {
+    granules(shift, size).div_ceil(64) * 8
 }
 
 fn granules(shift: u32, size: u64) -> u64 {

@@ -229,10 +229,7 @@ impl Bitmap {
         let bits = &mut *self.bits_mut();
         let new = bits.resized(size);
         if new.bytes() > MAX_BITMAP_BYTES {
-            return Err(BlockError::new(
-                Errno::EFBIG,
-                format!("Bitmap '{}' would become too large", self.name),
-            ));
+            return Err(self.too_large());
         }
         *bits = new;
         Ok(())
@@ -272,6 +269,15 @@ impl Bitmap {
         let first = at.saturating_mul(8).min(bits.granules());
         let end = at.saturating_add(len).saturating_mul(8).min(bits.granules());
         bits.set(first << shift, (end - first) << shift);
+    }
+
+    fn too_large(&self) -> BlockError {
+        BlockError::new(Errno::EFBIG, format!("Bitmap '{}' would become too large", self.name))
+    }
+
+    /// Bytes of memory over a node of another size.
+    fn memory_at(&self, size: u64) -> u64 {
+        bits::bytes(self.granularity.trailing_zeros(), size)
     }
 
     /// Bytes of memory.

@@ -122,8 +122,15 @@ impl Graph {
             }
             let id = EdgeId(state.fresh_id());
             let parent = Parent::Root(Rc::clone(&info));
-            let edge =
-                Edge { id, parent, child: node, name: options.name, roles: Roles::empty(), pair, frozen: Vec::new() };
+            let edge = Edge {
+                id,
+                parent,
+                child: node,
+                name: options.name,
+                roles: Roles::empty(),
+                pair,
+                frozen: Vec::new(),
+            };
             let mut tran = Transaction::new();
             add_edge(state, &mut tran, edge, None);
             let result = perms::refresh(state, &mut tran, &[node]);

@@ -131,3 +131,17 @@ fn bitmaps_follow_the_size() {
     let bitmap = g.node("n").unwrap().bitmaps().find("b").unwrap();
     assert_eq!((bitmap.size(), bitmap.count()), (8704, 512));
 }
+
+#[test]
+fn a_node_does_not_outgrow_its_bitmaps() {
+    let g = graph();
+    add(&g, json!({"driver": "mem", "node-name": "n", "zeroes": true, "discard": "unmap"})).unwrap();
+    run(g.bitmap_add("n", new("b"))).unwrap();
+    let size = g.node("n").unwrap().size();
+    // One bit for 512 bytes: 512 MiB of them cover 2 TiB.
+    let refused = words(run(g.block_resize("n", (2 << 40) + 512)));
+    assert!(refused.contains("'b' would become too large"), "{refused}");
+    let node = g.node("n").unwrap();
+    assert_eq!(node.size(), size);
+    assert!(!node.bitmaps().find("b").unwrap().inconsistent());
+}

@@ -34,6 +34,16 @@ impl Graph {
         };
         let hold = self.attach(name, options, Rc::new(NoSource)).await?;
         let guard = self.drain_nodes(vec![id]).await;
+        let fits = self.state().above(id).iter().try_for_each(|above| match self.node_by_id(*above) {
+            Ok(node) => node.bitmaps().check_resize(size),
+            Err(_) => Ok(()),
+        });
+        if let Err(e) = fits {
+            // Refused while nothing has changed: a bitmap that cannot follow would be lost.
+            hold.detach().await;
+            drop(guard);
+            return Err(e);
+        }
         let how = Truncate::default();
         let result = self.on_iothread(id, move |io| async move { io.truncate(size, how).await }).await;
         // Also after an error: half of it may have happened.

@@ -230,7 +230,10 @@ fn frozen_links_neither_go_nor_lead_elsewhere() {
     add(&g, json!({"driver": "filter", "node-name": "flt", "file": "top"})).unwrap();
     mem(&g, "other");
     let chain = g.freeze_chain("flt", "base", "job 'j'").unwrap();
-    refused(g.freeze_chain("flt", "other", "job 'j'").map(|_| ()), "'other' is not in the backing chain of 'flt'");
+    refused(
+        g.freeze_chain("flt", "other", "job 'j'").map(|_| ()),
+        "'other' is not in the backing chain of 'flt'",
+    );
     let detach = Change::DetachChild { parent: "top".into(), child: "backing".into() };
     refused(
         run(g.change(std::slice::from_ref(&detach))),

@@ -54,6 +54,8 @@ pub struct Server<S> {
     next_id: u32,
     /// A command that runs alone is being executed.
     busy: bool,
+    /// No further command is begun.
+    ending: bool,
     /// The session that ran such a command last: the others come first.
     last: SessionId,
 }
@@ -78,6 +80,7 @@ impl<S: Clone + 'static> Server<S> {
             orphans: Vec::new(),
             next_id: 0,
             busy: false,
+            ending: false,
             last: SessionId(0),
         }
     }
@@ -125,6 +128,11 @@ impl<S: Clone + 'static> Server<S> {
         if let Some(slot) = self.slots.remove(&id) {
             self.orphans.extend(slot.running);
         }
+    }
+
+    /// The process is ending: what has begun runs to its end, nothing further is begun. Requests that wait get no answer.
+    pub fn stop_starting(&mut self) {
+        self.ending = true;
     }
 
     /// Whether a command is being executed.
@@ -188,6 +196,9 @@ impl<S: Clone + 'static> Server<S> {
 
     /// Starts what may start.
     fn start(&mut self) -> bool {
+        if self.ending {
+            return false;
+        }
         let mut progress = false;
         let mut order: Vec<SessionId> = self.slots.keys().copied().collect();
         let first = order.iter().position(|id| *id > self.last).unwrap_or(0);

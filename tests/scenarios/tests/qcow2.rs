@@ -272,3 +272,26 @@ fn memory_of_the_caches_goes_back_when_nobody_uses_it() {
         assert!(rig.daemon.terminate(Duration::from_secs(20)).unwrap().success(), "{}", rig.daemon.stderr());
     }
 }
+
+#[test]
+fn a_node_that_reads_a_snapshot_on_a_file_of_its_own_keeps_writers_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image").display().to_string();
+    done(&["create", "-q", "-f", "qcow2", &path, "4M"]);
+    done(&["snapshot", "-c", "then", &path]);
+    let mut rig = Rig::start(&[]);
+    let file = json!({"driver": "file", "filename": path});
+    let reader = json!({
+        "driver": "qcow2", "node-name": "reader", "read-only": true, "snapshot": "then", "file": file,
+    });
+    // A writer with another file node could delete the snapshot without knowing of its reader.
+    rig.command("blockdev-add", json!({"driver": "qcow2", "node-name": "writer", "file": file}));
+    let refused = rig.qmp.execute("blockdev-add", reader.clone()).unwrap_err().to_string();
+    assert!(refused.contains("lock"), "{refused}");
+    rig.command("blockdev-del", json!({"node-name": "writer"}));
+    rig.command("blockdev-add", reader);
+    let (code, text) = qemu_img(&["snapshot", "-d", "then", &path]);
+    assert!(code != 0 && text.contains("lock"), "{text}");
+    rig.command("blockdev-del", json!({"node-name": "reader"}));
+    done(&["snapshot", "-d", "then", &path]);
+}

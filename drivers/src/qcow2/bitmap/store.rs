@@ -3,6 +3,8 @@
 //! Called inside drained sections: when the image is closed, and for `block-dirty-bitmap-remove`. The header switches from
 //! one directory to another; what it leaves is given up, what it goes to was durable before.
 
+use std::collections::HashMap;
+
 use graph::{Bitmap, BlockError, Errno, NodeIo, Result};
 
 use super::load::read_table;
@@ -36,10 +38,13 @@ impl Qcow2 {
         let mut directory = self.bitmaps.directory().clone();
         let mut new: Vec<Unlinked<'_>> = Vec::new();
         let mut old = Places::new();
+        // There may be tens of thousands.
+        let known: HashMap<Vec<u8>, usize> =
+            directory.iter().enumerate().map(|(at, e)| (e.name.clone(), at)).collect();
         for bitmap in stored {
             let name = bitmap.name();
             let failed = |e: BlockError| e.context(format!("Failed to store bitmap '{name}'"));
-            let at = directory.iter().position(|e| e.name == name.as_bytes());
+            let at = known.get(name.as_bytes()).copied();
             if let Some(entry) = at.and_then(|at| directory.get(at)) {
                 if !entry.in_use() {
                     let text = format!("Bitmap '{name}' already exists in the image");

@@ -220,7 +220,7 @@ impl Driver for Qcow2 {
     }
 
     fn child_perm(&self, child: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
-        if child == FILE && self.reading.is_some() {
+        if child == FILE && self.beside_writer {
             // What a snapshot refers to stays as it is, whatever others write.
             return (Perm::CONSISTENT_READ, Perm::ALL);
         }

@@ -85,6 +85,17 @@ impl Qcow2 {
             }
             (extent.offset, extent.clusters)
         };
+        // What is in the host clusters would be deciphered. Version 2 has no entry that says zero.
+        let ciphered = self.crypt.is_some();
+        if ciphered
+            && !geo.v3()
+            && let Err(e) = self.write_ciphered_zeroes(io, start, host, count << geo.cluster_bits()).await
+        {
+            if self.data_file.is_none() {
+                self.space.give_back(host, count << geo.cluster_bits());
+            }
+            return Err(e);
+        }
         let done = self.tables.with(start, |slice| {
             for i in 0..count {
                 let index = first + (skip + i) as usize;
@@ -94,8 +105,9 @@ impl Qcow2 {
                 let entry = (host + (i << geo.cluster_bits())) | COPIED;
                 let (entry, bitmap) = match (geo.extended_l2(), hidden) {
                     (true, _) if through => (entry, old_bitmap),
-                    (true, true) => (entry, ALL_ALLOCATED),
-                    (true, false) => (entry, ALL_ZERO),
+                    (true, true) if !ciphered => (entry, ALL_ALLOCATED),
+                    (true, _) => (entry, ALL_ZERO),
+                    (false, true) if ciphered && geo.v3() => (entry | ZERO, 0),
                     (false, true) => (entry, 0),
                     (false, false) => (entry | (old & ZERO), 0),
                 };
@@ -110,6 +122,17 @@ impl Qcow2 {
             return Ok(at);
         }
         Ok(start + (count << geo.cluster_bits()))
+    }
+
+    async fn write_ciphered_zeroes(&self, io: &NodeIo, at: u64, host: u64, bytes: u64) -> Result<()> {
+        let zeroes = IoVecs::alloc(bytes.min(PIECE) as usize, 4096).map_err(BlockError::from)?;
+        let mut done = 0;
+        while done < bytes {
+            let part = zeroes.slice(0, (bytes - done).min(PIECE) as usize);
+            self.write_host(io, at + done, host + done, &part).await?;
+            done += part.len() as u64;
+        }
+        Ok(())
     }
 
     /// Makes new host clusters read as zeroes, and allocates or writes them if that is wanted.

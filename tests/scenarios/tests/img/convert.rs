@@ -90,6 +90,65 @@ fn a_target_that_exists_is_overwritten_as_a_whole() {
 }
 
 #[test]
+fn a_source_and_what_lies_below_it_are_never_the_target() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let file = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    folder.qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-b", "dense.raw", "-F", "raw", "above", "2M"]);
+    std::fs::hard_link(folder.path().join("dense.raw"), folder.path().join("link")).unwrap();
+    let (dense, plain) = (file("dense.raw"), file("plain.qcow2"));
+    let cases: &[&[&str]] = &[
+        &["-f", "raw", "-O", "raw", "dense.raw", "dense.raw"],
+        &["-f", "raw", "-O", "qcow2", "dense.raw", "link"],
+        &["-n", "-f", "raw", "-O", "raw", "dense.raw", "link"],
+        &["-f", "raw", "-O", "qcow2", "sparse.raw", "dense.raw", "dense.raw"],
+        &["-f", "qcow2", "-O", "raw", "above", "dense.raw"],
+        &["-n", "-f", "qcow2", "-O", "raw", "above", "dense.raw"],
+        &["-f", "qcow2", "-O", "raw", "plain.qcow2", "plain.qcow2"],
+        &["-f", "raw", "-O", "qcow2", "-o", "data_file=dense.raw", "dense.raw", "copy"],
+    ];
+    for case in cases {
+        let line = folder.refused(1, &[&["convert"], *case].concat());
+        assert!(line.contains("lock"), "{case:?}: {line}");
+        assert!(file("dense.raw") == dense && file("plain.qcow2") == plain, "{case:?}");
+    }
+}
+
+#[test]
+fn what_is_set_aside_in_an_encrypted_image_reads_as_zeroes() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::raw(&folder);
+    let key = ["--object", "secret,id=s,data=sesame"];
+    let encrypt = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let opts = |name: &str| format!("driver=qcow2,encrypt.key-secret=s,file.filename={name}");
+    let source = "driver=raw,file.filename=sparse.raw";
+    for (number, more) in [
+        "preallocation=full",
+        "compat=0.10,preallocation=metadata",
+        "data_file=data,preallocation=metadata",
+        "data_file=data,data_file_raw=on",
+        "extended_l2=on,preallocation=metadata",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let (name, options) = (format!("copy{number}"), format!("{encrypt},{more}"));
+        let args = ["-f", "raw", "-O", "qcow2", "-o", &options, "sparse.raw", &name];
+        folder.ours(&[&["convert"], &key[..], &args].concat());
+        folder.qemu("qemu-img", &[&["compare"], &key[..], &["--image-opts", &opts(&name), source]].concat());
+        if more.contains("data_file") {
+            continue;
+        }
+        let size = std::fs::metadata(folder.path().join("sparse.raw")).unwrap().len();
+        let bigger = ["--image-opts", "--preallocation=full", &opts(&name), "+1M"];
+        folder.ours(&[&["resize", "-q"], &key[..], &bigger].concat());
+        let read = format!("read -P 0 {} {}", size.next_multiple_of(512), 1 << 20);
+        let said = folder.qemu("qemu-io", &[&key[..], &["-c", &read, "--image-opts", &opts(&name)]].concat());
+        assert!(!said.contains("failed"), "{more}: {said}");
+    }
+}
+
+#[test]
 fn several_images_become_one() {
     let Some(folder) = Folder::new() else { return };
     corpus::make(&folder);

@@ -47,6 +47,10 @@ fn arguments_that_do_not_go_together_are_refused() {
         (&["convert", "-f", "raw", "--bitmaps", "sparse.raw", "copy"], "lacks bitmap support"),
         (&["convert", "-f", "raw", "-O", "qcow2", "-B", "dense.raw", "sparse.raw", "copy"], "backing format"),
         (&["convert", "-f", "raw", "-O", "nope", "sparse.raw", "copy"], "Unknown file format 'nope'"),
+        (
+            &["convert", "-c", "-O", "qcow2", "-o", "preallocation=full", "-f", "raw", "sparse.raw", "copy"],
+            "Compression and preallocation",
+        ),
         (&["snapshot", "-c", "a", "-d", "b", "-f", "raw", "sparse.raw"], "Cannot mix"),
         (&["bitmap", "-f", "raw", "sparse.raw", "b"], "at least one"),
         (&["bitmap", "--add", "-f", "raw", "sparse.raw"], "bitmap name"),

@@ -236,6 +236,35 @@ fn snapshots_go_there_and_back() {
 }
 
 #[test]
+fn a_snapshot_is_deleted_by_its_name_alone() {
+    let Some(folder) = Folder::new() else { return };
+    folder.qemu("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "4M"]);
+    // The first one, whose id is 1, has the id of the second for a name.
+    folder.qemu("qemu-img", &["snapshot", "-c", "2", "disk"]);
+    folder.qemu("qemu-img", &["snapshot", "-c", "keep", "disk"]);
+    folder.both(&["snapshot", "-f", "qcow2", "-d", "1", "disk"]);
+    folder.ours(&["snapshot", "-f", "qcow2", "-d", "2", "disk"]);
+    let left = folder.both(&["snapshot", "-f", "qcow2", "-l", "disk"]);
+    assert!(left.contains("keep") && left.lines().count() == 3, "{left}");
+    folder.both(&["snapshot", "-f", "qcow2", "-d", "2", "disk"]);
+    folder.both(&["snapshot", "-f", "qcow2", "-l", "disk"]);
+}
+
+#[test]
+fn an_image_is_not_its_own_backing_file_nor_its_own_data_file() {
+    let Some(folder) = Folder::new() else { return };
+    corpus::make(&folder);
+    let before = std::fs::read(folder.path().join("plain.qcow2")).unwrap();
+    std::os::unix::fs::symlink("plain.qcow2", folder.path().join("link")).unwrap();
+    let line = folder.refused(1, &["create", "-f", "qcow2", "-b", "plain.qcow2", "-F", "qcow2", "link"]);
+    assert!(line.contains("same filename as the backing file"), "{line}");
+    let line =
+        folder.refused(1, &["create", "-q", "-f", "qcow2", "-o", "data_file=link", "plain.qcow2", "1M"]);
+    assert!(line.contains("data file"), "{line}");
+    assert!(std::fs::read(folder.path().join("plain.qcow2")).unwrap() == before);
+}
+
+#[test]
 fn bitmaps_are_what_qemu_img_makes_of_them() {
     let Some(folder) = Folder::new() else { return };
     corpus::make(&folder);

@@ -219,3 +219,33 @@ fn start(folder: &TempDir) -> Daemon {
     });
     daemon
 }
+
+#[test]
+fn a_command_under_way_ends_before_the_process_does_and_none_is_begun_after() {
+    let mut rig = Rig::start(&[Wanted::file("e", 1 << 20)]);
+    let path = rig.folder().join("locked").display().to_string();
+    rig.command("object-add", json!({"qom-type": "secret", "id": "key", "data": "secret"}));
+    let file = json!({"driver": "file", "filename": path});
+    let create = |rig: &mut Rig, id: &str, options| {
+        rig.command("blockdev-create", json!({"job-id": id, "options": options}));
+        rig.wait_for("job", |rig| {
+            let jobs = rig.command("query-jobs", json!({}));
+            let job = jobs.as_array().unwrap().iter().find(|j| j["id"] == id).cloned().unwrap();
+            assert_eq!(job["error"], json!(null), "{job}");
+            job["status"] == "concluded"
+        });
+    };
+    create(&mut rig, "file", json!({"driver": "file", "filename": path, "size": 0}));
+    // Opening it is a second or two of computation.
+    let luks = json!({"driver": "luks", "file": file, "key-secret": "key", "size": 1 << 20});
+    create(&mut rig, "luks", luks);
+    let mut other = qmp::Client::connect(&rig.folder().join("qmp")).unwrap();
+    let node = json!({"driver": "luks", "node-name": "n", "file": file, "key-secret": "key"});
+    let opening = rig.qmp.start("blockdev-add", node).unwrap();
+    // Waits for its turn behind the one above.
+    let late = other.start("blockdev-del", json!({"node-name": "n"})).unwrap();
+    kill_process(Pid::from_raw(rig.daemon.pid() as i32).unwrap(), Signal::TERM).unwrap();
+    assert_eq!(rig.qmp.finish("blockdev-add", opening).unwrap(), json!({}));
+    assert!(other.finish("blockdev-del", late).is_err());
+    assert!(rig.daemon.wait(LIMIT).unwrap().success());
+}
