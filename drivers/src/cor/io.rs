@@ -10,8 +10,8 @@
 use std::sync::Arc;
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, DriverKind, Limits, Map, Node, NodeId, NodeIo, Op,
-    Perm, Result, Roles, Truncate, WriteFlags, ZeroFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, DriverKind, Errno, Limits, Map, Node, NodeId,
+    NodeIo, Op, Perm, Result, Roles, Truncate, WriteFlags, ZeroFlags, default_child_perm,
 };
 use host::IoVecs;
 
@@ -106,7 +106,11 @@ impl CopyOnRead {
         let end = offset + bufs.len() as u64;
         let stop = end.next_multiple_of(cluster).min(child.size().max(end));
         let mut at = offset - offset % cluster;
-        let alone = child.exclusive(at, stop - at).await?;
+        let alone = match child.exclusive(at, stop - at).await {
+            // Inactive: the image is another process's, which would not expect writes.
+            Err(e) if e.errno() == Errno::EPERM => return child.read(offset, bufs).await,
+            alone => alone?,
+        };
         while at < stop {
             let (there, known) = has(child, at, stop - at).await;
             let known = if there { known } else { known.min(PIECE.max(cluster)) };
