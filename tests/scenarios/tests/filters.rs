@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use client::daemon::{Daemon, Launch};
 use client::disk::{Disk, Payload, Request};
-use client::{Setup, blk};
+use client::{Guest, Session, Setup, blk};
 use ringblk_scenarios::{Rig, Wanted, image::pattern};
 use serde_json::{Value, json};
 
@@ -102,7 +102,7 @@ fn peer(folder: &Path) -> Option<(Daemon, Disk)> {
     let socket = folder.join("disk").display().to_string();
     let launch = Launch::new(program).args(GROUP).args([
         "--blockdev",
-        "null-co,node-name=null,size=64M,read-zeroes=on",
+        "null-co,node-name=null,size=67108864,read-zeroes=on",
         "--blockdev",
         "throttle,throttle-group=limits,node-name=node-a,file=null",
         "--export",
@@ -110,9 +110,9 @@ fn peer(folder: &Path) -> Option<(Daemon, Disk)> {
     ]);
     let mut daemon = launch.spawn().unwrap();
     let connection = daemon.connect(Path::new(&socket)).unwrap();
-    drop(connection);
-    let disk = Disk::connect(Path::new(&socket), &setup()).unwrap();
-    Some((daemon, disk))
+    let guest = Guest::new(&setup()).unwrap();
+    let session = Session::establish(connection, guest, &setup(), &[]).unwrap();
+    Some((daemon, Disk::new(session)))
 }
 
 #[test]
