@@ -11,15 +11,31 @@
 
 use graph::DriverDef;
 
+mod compress;
+mod cor;
 mod file;
+mod filter;
 mod luks;
 mod null;
+mod preallocate;
 mod qcow2;
 mod raw;
+pub mod throttle;
 
 /// Every driver, in the order the reference lists them.
-pub const ALL: &[DriverDef] =
-    &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
+pub const ALL: &[DriverDef] = &[
+    compress::COMPRESS,
+    cor::COPY_ON_READ,
+    file::FILE,
+    file::HOST_DEVICE,
+    luks::LUKS,
+    null::NULL_AIO,
+    null::NULL_CO,
+    preallocate::PREALLOCATE,
+    qcow2::QCOW2,
+    raw::RAW,
+    throttle::THROTTLE,
+];
 
 /// Images without a node: what test tools and offline tools need of a format that this crate knows.
 pub mod image {

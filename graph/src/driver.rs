@@ -72,6 +72,16 @@ pub enum Map<'a> {
         /// For how long, bytes.
         len: u64,
     },
+    /// In a child, if that has the range itself: not in its backing file, where the request would have to be driven. Filters
+    /// in between count as the image they show. An answer to reads only.
+    Own {
+        /// As for `Child`.
+        child: usize,
+        /// As for `Child`.
+        offset: u64,
+        /// As for `Child`.
+        len: u64,
+    },
     /// In a host file.
     File {
         /// The file.
@@ -327,6 +337,10 @@ pub struct DriverInfo {
 /// A driver's object may be asked for as what it is (`&dyn Any`), by the driver itself on another thread.
 pub trait Driver: Any + Send + Sync {
     /// Where a range lives; the hot path. Must not block, allocate, or take a lock that is held across waiting.
+    ///
+    /// A node with a backing file may give a range space of its own while it answers a write, but only one that its backing
+    /// file does not reach: what shows through may be on its way up (`copy-on-read`), and who carries it up relies on
+    /// being told of every write to it ([`NodeIo::exclusive`]).
     fn map(&self, op: Op, offset: u64, len: u64) -> Map<'_>;
 
     /// Size in bytes, as of now (an atomic in the driver).
@@ -546,6 +560,18 @@ pub trait Driver: Any + Send + Sync {
     /// A drain above this node has ended.
     fn drain_end(&self) {}
 
+    /// Whether it has set something aside in a child, and holds permissions of the child for it, that it can give back
+    /// ([`Driver::give_back`]).
+    fn has_set_aside(&self) -> bool {
+        false
+    }
+
+    /// Gives back what it has set aside in its children: before edges near it change, and when it has lost a user. Runs on an
+    /// iothread, perhaps beside requests; permissions are found anew afterwards.
+    fn give_back<'a>(&'a self, _io: &'a NodeIo) -> BoxFut<'a, ()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// The parent passes this point; only `blkdebug` listens. Any thread.
     fn debug_event(&self, _event: DebugEvent) {}
 
@@ -646,6 +672,7 @@ impl std::fmt::Debug for Map<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Map::Child { child, offset, len } => write!(f, "Child {child} at {offset}+{len}"),
+            Map::Own { child, offset, len } => write!(f, "Own in {child} at {offset}+{len}"),
             Map::File { offset, len, .. } => write!(f, "File at {offset}+{len}"),
             Map::Zero { len } => write!(f, "Zero {len}"),
             Map::Done { len } => write!(f, "Done {len}"),

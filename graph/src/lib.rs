@@ -72,7 +72,7 @@ pub use error::{BlockError, Errno, ErrorKind, Result};
 pub use events::{EventSink, GraphEvent, NodeEvents, QuorumOp};
 pub use ids::{EdgeId, MAX_NODE_NAME, NodeId, check_node_name};
 pub use image::{CheckFix, CheckReport, CheckStep, NewSnapshot, OnlineCheck, SnapshotInfo, SnapshotRef};
-pub use io::{ChainStatus, NodeIo};
+pub use io::{ChainStatus, Exclusive, NodeIo};
 pub use node::Node;
 pub use objects::Objects;
 pub use options::{

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use host::{File, Local};
 
-use crate::driver::{Driver, Limits, Map, Op};
+use crate::driver::{Driver, DriverKind, Limits, Map, Op};
 use crate::error::Errno;
 use crate::io::NodeIo;
 use crate::node::Node;
@@ -268,6 +268,8 @@ impl View {
             return Resolved { target: Target::Error(Errno::EIO), path };
         }
         let mut offset = offset;
+        // Only what the node itself has will do, nothing from below it.
+        let mut own = false;
         for hop in 0..MAX_HOPS {
             if node.gate & op.bit() != 0 {
                 return Resolved { target: gated(node, op), path: path.ended(hop) };
@@ -282,11 +284,26 @@ impl View {
             }
             let target = match node.driver.map(op, offset, len) {
                 Map::Child { child, offset: at, len: part } if part >= len => {
+                    if own && node.node.kind() != DriverKind::Filter {
+                        if node.driver.backing_child() == Some(child) {
+                            break;
+                        }
+                        own = false;
+                    }
                     let Some(index) = node.child(child) else { break };
                     let Some(next) = self.nodes.get(index) else { break };
                     path.note(hop + 1, index);
                     node = next;
                     offset = at;
+                    continue;
+                }
+                Map::Own { child, offset: at, len: part } if part >= len => {
+                    let Some(index) = node.child(child) else { break };
+                    let Some(next) = self.nodes.get(index) else { break };
+                    path.note(hop + 1, index);
+                    node = next;
+                    offset = at;
+                    own = true;
                     continue;
                 }
                 // Zeroing and discarding a file is not one read or write.

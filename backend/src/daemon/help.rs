@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::objects::IoThreadProperties;
 use super::secret::SecretProperties;
+use super::throttle::ThrottleGroupProperties;
 use crate::export::options::VhostUserBlkOptions;
 use crate::process::cli::HelpTopic;
 use crate::process::help;
@@ -38,10 +39,14 @@ pub fn text(topic: &HelpTopic) -> Result<String, String> {
             Ok(help::members(name, &schema::<VhostUserBlkOptions>()))
         }
         ("object", None) => {
-            Ok(help::list("Object types (see --object TYPE,help)", [("iothread", ""), ("secret", "")]))
+            let types = [("iothread", ""), ("secret", ""), ("throttle-group", "")];
+            Ok(help::list("Object types (see --object TYPE,help)", types))
         }
         ("object", Some(name @ "iothread")) => Ok(help::members(name, &schema::<IoThreadProperties>())),
         ("object", Some(name @ "secret")) => Ok(help::members(name, &schema::<SecretProperties>())),
+        ("object", Some(name @ "throttle-group")) => {
+            Ok(help::members(name, &schema::<ThrottleGroupProperties>()))
+        }
         (_, Some(name)) => Err(unknown(name)),
         (option, None) => Err(format!("--{option}: no help is available")),
     }

@@ -10,6 +10,7 @@ pub mod objects;
 pub mod secret;
 pub mod service;
 pub mod start;
+pub mod throttle;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -29,6 +30,7 @@ use crate::export::{Export, Exports, Host};
 use crate::process::listen_fds::PassedFds;
 use objects::{IoThreadProperties, Objects, Removed};
 use secret::SecretProperties;
+use throttle::ThrottleGroupProperties;
 
 /// The iothread that serves what names none. Not an object: it cannot be removed, and ids of objects start with a letter.
 pub const OWN_IOTHREAD: &str = "#main";
@@ -178,10 +180,19 @@ impl Daemon {
         self.graph.secrets().add(&id, secret).map_err(|e| QmpError::generic(e.to_string()))
     }
 
+    /// Makes a throttle group.
+    ///
+    /// # Errors
+    /// See [`Objects::add_group`].
+    pub fn add_group(&self, options: &ThrottleGroupProperties) -> Result<(), QmpError> {
+        let group = self.objects.borrow_mut().add_group(options)?;
+        self.graph.objects().add(&options.id, group).map_err(|e| QmpError::generic(e.to_string()))
+    }
+
     /// Removes an object. What was opened with a secret goes on.
     ///
     /// # Errors
-    /// No such object, or an export's queues run on it.
+    /// No such object, an export's queues run on it, or a node uses it.
     pub async fn object_del(&self, id: &str) -> Result<(), QmpError> {
         if let Some(export) = self.exports.borrow().values().find(|e| e.uses_iothread(id)) {
             return Err(QmpError::generic(format!(
@@ -189,10 +200,20 @@ impl Daemon {
                 export.id()
             )));
         }
+        if self.graph.objects().in_use(id) {
+            return Err(QmpError::generic(format!("object '{id}' is in use, can not be deleted")));
+        }
         let removed = self.objects.borrow_mut().remove(id)?;
-        let Removed::Iothread(thread) = removed else {
-            self.graph.secrets().remove(id);
-            return Ok(());
+        let thread = match removed {
+            Removed::Iothread(thread) => thread,
+            Removed::Secret => {
+                self.graph.secrets().remove(id);
+                return Ok(());
+            }
+            Removed::ThrottleGroup => {
+                self.graph.objects().remove(id);
+                return Ok(());
+            }
         };
         // The graph must not be left with a thread that ends.
         self.graph.set_iothread(None);

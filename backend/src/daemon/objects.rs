@@ -1,10 +1,12 @@
-//! User-creatable objects: `iothread` and `secret`. `--object`, `object-add`, `object-del`, and their properties for `qom-get`,
-//! `qom-set`, `qom-list`, `query-iothreads`.
+//! User-creatable objects: `iothread`, `secret` and `throttle-group`. `--object`, `object-add`, `object-del`, and their
+//! properties for `qom-get`, `qom-set`, `qom-list`, `query-iothreads`.
 //!
 //! Main thread only. Must not know exports: the caller says whether an object is in use.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
 
+use drivers::throttle::ThrottleGroup;
 use host::{Engine, IoThread, IoThreadOptions, PollParams};
 use qmp::QmpError;
 use schemars::JsonSchema;
@@ -12,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::secret::{self, MAX_SECRETS, SecretObject, SecretProperties};
+use super::throttle::{self, MAX_GROUPS, ThrottleGroupProperties};
 
 /// Most iothreads of a process.
 pub const MAX_IOTHREADS: usize = 256;
@@ -69,6 +72,8 @@ pub enum ObjectOptions {
     Iothread(IoThreadProperties),
     /// A passphrase or key.
     Secret(SecretProperties),
+    /// Limits that several throttle nodes keep together.
+    ThrottleGroup(ThrottleGroupProperties),
 }
 
 /// What `query-iothreads` tells, per iothread: QEMU's members, and how busy it has been.
@@ -118,6 +123,8 @@ pub struct ObjectPropertyInfo {
 pub struct Objects {
     iothreads: BTreeMap<String, IoThread>,
     secrets: BTreeMap<String, SecretObject>,
+    /// Held by the graph, which counts who else holds them.
+    groups: BTreeMap<String, Weak<ThrottleGroup>>,
 }
 
 /// An object that was taken out.
@@ -126,6 +133,8 @@ pub enum Removed {
     Iothread(IoThread),
     /// A secret: the graph has to forget it, too.
     Secret,
+    /// A throttle group, likewise.
+    ThrottleGroup,
 }
 
 /// A property of `iothread` that can be read and set.
@@ -164,7 +173,7 @@ impl Objects {
         if !crate::export::valid_id(id) {
             return Err(QmpError::generic("Parameter 'id' expects an identifier"));
         }
-        if self.iothreads.contains_key(id) || self.secrets.contains_key(id) {
+        if self.iothreads.contains_key(id) || self.secrets.contains_key(id) || self.groups.contains_key(id) {
             return Err(QmpError::generic(format!(
                 "attempt to add duplicate property '{id}' to object (type 'container')"
             )));
@@ -186,6 +195,22 @@ impl Objects {
         let object = SecretObject { format: p.format, file: p.file, keyid: p.keyid, iv: p.iv };
         self.secrets.insert(p.id, object);
         Ok(())
+    }
+
+    /// Makes a throttle group.
+    ///
+    /// # Errors
+    /// The id is taken or no identifier, there are too many, or its limits are refused.
+    pub fn add_group(&mut self, p: &ThrottleGroupProperties) -> Result<Arc<ThrottleGroup>, QmpError> {
+        self.check_id(&p.id)?;
+        if self.groups.len() >= MAX_GROUPS {
+            return Err(QmpError::generic(format!(
+                "there are {MAX_GROUPS} throttle groups already, the most there can be"
+            )));
+        }
+        let group = Arc::new(throttle::make(p)?);
+        self.groups.insert(p.id.clone(), Arc::downgrade(&group));
+        Ok(group)
     }
 
     /// Makes an iothread.
@@ -223,6 +248,9 @@ impl Objects {
         if self.secrets.remove(id).is_some() {
             return Ok(Removed::Secret);
         }
+        if self.groups.remove(id).is_some() {
+            return Ok(Removed::ThrottleGroup);
+        }
         let thread = self.iothreads.remove(id).map(Removed::Iothread);
         thread.ok_or_else(|| QmpError::generic(format!("object '{id}' not found")))
     }
@@ -246,6 +274,10 @@ impl Objects {
         self.secrets.get(id_of(path))
     }
 
+    fn group_at(&self, path: &str) -> Option<Arc<ThrottleGroup>> {
+        self.groups.get(id_of(path)).and_then(Weak::upgrade)
+    }
+
     fn at(&self, path: &str) -> Result<&IoThread, QmpError> {
         self.iothreads.get(id_of(path)).ok_or_else(|| {
             QmpError::new(qmp::ErrorClass::DeviceNotFound, format!("Device '{path}' not found"))
@@ -259,6 +291,9 @@ impl Objects {
     pub fn get(&self, path: &str, property: &str) -> Result<Value, QmpError> {
         if let Some(secret) = self.secret_at(path) {
             return secret.get(property);
+        }
+        if let Some(group) = self.group_at(path) {
+            return throttle::get(&group, property);
         }
         let thread = self.at(path)?;
         match property {
@@ -275,6 +310,9 @@ impl Objects {
     pub fn set(&self, path: &str, property: &str, value: &Value) -> Result<(), QmpError> {
         if self.secret_at(path).is_some() {
             return Err(QmpError::generic(format!("Property '{property}' is not writable")));
+        }
+        if let Some(group) = self.group_at(path) {
+            return throttle::set(&group, property, value);
         }
         let thread = self.at(path)?;
         if ["type", "thread-id"].contains(&property) {
@@ -300,9 +338,13 @@ impl Objects {
             ROOT | "/objects/" => Ok(std::iter::once(info("type", "string"))
                 .chain(self.iothreads.keys().map(|id| info(id, "child<iothread>")))
                 .chain(self.secrets.keys().map(|id| info(id, "child<secret>")))
+                .chain(self.groups.keys().map(|id| info(id, "child<throttle-group>")))
                 .collect()),
             _ if self.secret_at(path).is_some() => {
                 Ok(secret::PROPERTIES.iter().map(|(name, kind)| info(name, kind)).collect())
+            }
+            _ if self.group_at(path).is_some() => {
+                Ok(throttle::properties().map(|(name, kind)| info(&name, kind)).collect())
             }
             _ => {
                 self.at(path)?;

@@ -206,6 +206,7 @@ impl Root {
         let graph = self.graph.clone();
         let node = self.graph.state().edges.get(&self.id).map(|e| e.child);
         drop(self);
+        graph.give_back(node.as_slice()).await;
         let orphan = node.filter(|id| is_orphan(&graph.state(), *id));
         graph.close_orphans(orphan.into_iter().collect()).await;
     }

@@ -326,6 +326,7 @@ impl Graph {
         let guard = self.drain_nodes(targets).await;
         // The graph may have changed while we waited: what lies above the targets now must be quiet, too.
         let guards = self.cover(changes, guard).await;
+        self.give_back(&self.affected(changes)).await;
         let result = self.change_drained(changes);
         drop(guards);
         let orphans = result?;

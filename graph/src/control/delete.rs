@@ -55,7 +55,9 @@ impl Graph {
                 }
             }
             self.close_driver(id).await;
+            let children: Vec<NodeId> = self.state().children(id).map(|(_, e)| e.child).collect();
             orphans.extend(self.forget(id));
+            self.give_back(&children).await;
         }
     }
 

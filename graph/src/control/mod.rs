@@ -11,6 +11,7 @@ mod blockstats;
 pub(crate) mod change;
 mod delete;
 pub(crate) mod freeze;
+mod give_back;
 pub(crate) mod open;
 pub(crate) mod perms;
 pub(crate) mod picture;

@@ -111,21 +111,23 @@ impl OpenContext {
     }
 
     /// Keeps the links from the coming node down to `bottom` frozen as long as it lives: a driver that relies on the chain.
+    /// Returns the node of that name.
     ///
     /// # Errors
-    /// No such node, or it is not in the chain of the child opened first.
-    pub fn freeze_chain(&self, bottom: &str) -> Result<()> {
+    /// No such node (`ENOENT`), or it is not in the chain of the child opened first.
+    pub fn freeze_chain(&self, bottom: &str) -> Result<Arc<Node>> {
         let mut opening = self.opening.borrow_mut();
-        let id = {
+        let node = {
             let state = opening.graph.state();
-            let id = state.find(bottom).ok_or_else(|| super::no_such_node(bottom))?;
+            // Also one that came with the children, which nobody else may name yet.
+            let id = state.names.get(bottom).copied().ok_or_else(|| super::no_such_node(bottom))?;
             let first = opening.children.first().copied().flatten().and_then(|e| state.edges.get(&e));
             let first = first.ok_or_else(|| BlockError::invalid("This child has not been opened"))?;
             state.chain(first.child, id)?;
-            id
+            Arc::clone(&state.slot(id)?.node)
         };
-        opening.bottom = Some(id);
-        Ok(())
+        opening.bottom = Some(node.id());
+        Ok(node)
     }
 
     /// The secret of that name.

@@ -143,8 +143,12 @@ impl Graph {
                 (changes, named, targets, quiet)
             };
             if quiet {
-                for id in named.into_iter().filter(|_| flush) {
-                    self.flush_before(id).await?;
+                for id in named.iter().filter(|_| flush) {
+                    self.flush_before(*id).await?;
+                }
+                if self.give_back(&named).await {
+                    // Sizes below are others now.
+                    break plan(&self.state())?;
                 }
                 break changes;
             }

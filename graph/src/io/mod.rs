@@ -4,8 +4,10 @@
 //! alignment, splitting, zero detection, statistics happen here once, so that no driver repeats them. Must not know any
 //! driver, and must not change the graph.
 
+mod exclusive;
 mod read;
 mod status;
+pub use exclusive::Exclusive;
 pub use status::ChainStatus;
 pub(crate) mod tracked;
 mod write;

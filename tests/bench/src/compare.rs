@@ -259,9 +259,10 @@ fn run(
         (Some(path), _) if raw && workload.rw.reads == 100 => {
             let folder = path.parent().ok_or("a file without a folder")?;
             let chain = image::prepare(workload.layout, path, folder)?;
-            Image::File { path: chain.last().ok_or("no image")?.clone(), direct }
+            Image::File { path: chain.last().ok_or("no image")?.clone(), direct, filters: 0 }
         }
-        (Some(path), Layout::Raw) => Image::File { path: path.to_owned(), direct },
+        (Some(path), Layout::Raw) => Image::File { path: path.to_owned(), direct, filters: 0 },
+        (Some(path), Layout::Filters(filters)) => Image::File { path: path.to_owned(), direct, filters },
         (Some(path), layout) => {
             let folder = path.parent().ok_or("a file without a folder")?;
             Image::Qcow2 { chain: image::prepare(layout, path, folder)?, direct }

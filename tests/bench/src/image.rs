@@ -13,6 +13,8 @@ use crate::{Result, fio};
 pub enum Layout {
     /// No format: the raw file itself.
     Raw,
+    /// No format: the raw file itself below this many filters that have nothing to do.
+    Filters(u8),
     /// One image with every cluster allocated.
     Allocated,
     /// This many images above each other: empty overlays, all data in the lowest.
@@ -44,7 +46,7 @@ fn text(path: &Path) -> Result<&str> {
 pub fn prepare(layout: Layout, raw: &Path, folder: &Path) -> Result<Vec<PathBuf>> {
     let allocated = folder.join("allocated.qcow2");
     match layout {
-        Layout::Raw => Ok(vec![raw.to_owned()]),
+        Layout::Raw | Layout::Filters(_) => Ok(vec![raw.to_owned()]),
         Layout::Allocated => {
             if !allocated.exists() {
                 let made = folder.join("converted.qcow2");

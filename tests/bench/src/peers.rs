@@ -44,6 +44,8 @@ pub enum Image {
         path: PathBuf,
         /// O_DIRECT.
         direct: bool,
+        /// Throttle nodes above it, of a group without limits.
+        filters: u8,
     },
     /// A chain of qcow2 files.
     Qcow2 {
@@ -86,11 +88,23 @@ impl Peer {
             Image::Null => {
                 option("blockdev", "driver=null-co,node-name=n,size=1073741824,read-zeroes=off".into());
             }
-            Image::File { path, direct } => {
+            Image::File { path, direct, filters } => {
                 let cache = if *direct { ",cache.direct=on" } else { "" };
                 let file = path.display();
                 option("blockdev", format!("driver=file,node-name=f,filename={file},aio=io_uring{cache}"));
-                option("blockdev", "driver=raw,node-name=n,file=f".into());
+                let mut below = String::from("f");
+                for filter in 0..*filters {
+                    if filter == 0 {
+                        option("object", "throttle-group,id=unlimited".into());
+                    }
+                    let node = format!("t{filter}");
+                    option(
+                        "blockdev",
+                        format!("driver=throttle,node-name={node},throttle-group=unlimited,file={below}"),
+                    );
+                    below = node;
+                }
+                option("blockdev", format!("driver=raw,node-name=n,file={below}"));
             }
             Image::Qcow2 { chain, direct } => option("blockdev", chain_options(chain, *direct)),
         }

@@ -67,7 +67,7 @@ impl Place {
     }
 
     fn export(&self, queues: u16) -> Export {
-        let image = Image::File { path: self.folder.path().join("disk.raw"), direct: false };
+        let image = Image::File { path: self.folder.path().join("disk.raw"), direct: false, filters: 0 };
         Export { image, queues, iothreads: 1, poll_ns: DEFAULT_POLL_NS, pin_memory: false }
     }
 }

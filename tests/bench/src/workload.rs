@@ -212,6 +212,14 @@ pub fn all() -> Vec<Workload> {
             ..base.clone()
         },
         Workload {
+            name: "filters-10",
+            title: "raw file in the page cache below ten idle throttle nodes, depth 32, reads",
+            backing: Backing::Cached,
+            layout: Layout::Filters(10),
+            targets: vec![target(Iops, OwnRaw, AtLeast(0.95))],
+            ..base.clone()
+        },
+        Workload {
             name: "qcow2-read",
             title: "qcow2, allocated, in the page cache, depth 32, reads",
             backing: Backing::Cached,

@@ -35,6 +35,9 @@ pub type Create = Box<dyn Fn(&Path) -> Result<(), String>>;
 /// The options of the node over the image in a directory.
 pub type Options = Box<dyn Fn(&Path) -> Value>;
 
+/// Makes what the options name besides images: objects.
+pub type SetUp = Box<dyn Fn(&graph::Graph)>;
+
 /// A driver with one set of options.
 pub struct DriverCase {
     /// What messages call it.
@@ -61,6 +64,8 @@ pub struct DriverCase {
     pub torn_unit: u64,
     /// Secrets its options name: id and bytes.
     pub secrets: Vec<(String, Vec<u8>)>,
+    /// Called for each new graph before the node is opened.
+    pub set_up: SetUp,
     /// Whether a read-only node may be asked for and refuses writers.
     pub read_only: bool,
 }
@@ -86,6 +91,7 @@ impl DriverCase {
             grows_zeroed: true,
             torn_unit: 1,
             secrets: Vec::new(),
+            set_up: Box::new(|_| {}),
             read_only: true,
         }
     }

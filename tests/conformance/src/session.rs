@@ -73,6 +73,7 @@ impl Session {
         for (id, bytes) in &case.secrets {
             graph.secrets().add(id, graph::Secret::new(bytes.clone())).map_err(words)?;
         }
+        (case.set_up)(&graph);
         let mut options = (case.options)(dir);
         if let Value::Object(options) = &mut options {
             options.insert("node-name".to_owned(), json!(NODE));

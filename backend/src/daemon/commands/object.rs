@@ -54,6 +54,7 @@ pub fn register(commands: &mut Commands<State>) {
             match options {
                 ObjectOptions::Iothread(o) => daemon.add_iothread(o),
                 ObjectOptions::Secret(o) => daemon.add_secret(o).await,
+                ObjectOptions::ThrottleGroup(o) => daemon.add_group(&o),
             }
         },
     );

@@ -127,6 +127,7 @@ impl Graph {
             loop {
                 let targets = self.targets(&actions);
                 if self.state().roots_above(&targets).iter().all(|r| r.gate.is_quiet()) {
+                    self.give_back(&targets).await;
                     break;
                 }
                 guards.push(self.drain_nodes(targets).await);

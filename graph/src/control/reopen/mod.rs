@@ -146,6 +146,9 @@ impl Graph {
                 (plans, targets, quiet)
             };
             if quiet {
+                if self.give_back(&targets).await {
+                    break plan(&self.state())?;
+                }
                 break plans;
             }
             guards.push(self.drain_nodes(targets).await);
