@@ -11,15 +11,31 @@
 
 use graph::DriverDef;
 
+mod blkdebug;
+mod blklogwrites;
+mod blkverify;
+mod child_size;
 mod file;
 mod luks;
 mod null;
 mod qcow2;
+mod quorum;
 mod raw;
 
 /// Every driver, in the order the reference lists them.
-pub const ALL: &[DriverDef] =
-    &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
+pub const ALL: &[DriverDef] = &[
+    blkdebug::BLKDEBUG,
+    blklogwrites::BLKLOGWRITES,
+    blkverify::BLKVERIFY,
+    file::FILE,
+    file::HOST_DEVICE,
+    luks::LUKS,
+    null::NULL_AIO,
+    null::NULL_CO,
+    qcow2::QCOW2,
+    quorum::QUORUM,
+    raw::RAW,
+];
 
 /// Images without a node: what test tools and offline tools need of a format that this crate knows.
 pub mod image {
