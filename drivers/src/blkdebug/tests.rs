@@ -1,5 +1,5 @@
 //! Tests of the rules, the configuration file, the limits and reopening. Requests are in the conformance suite and in
-//! `drivers/tests/debug.rs`.
+//! `drivers/tests/scrutiny/debug.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use graph::options::parse_options;

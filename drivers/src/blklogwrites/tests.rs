@@ -1,4 +1,4 @@
-//! Tests of the format and of the options. Requests are in the conformance suite and in `drivers/tests/logwrites.rs`.
+//! Tests of the format and of the options. Requests are in the conformance suite and in `drivers/tests/scrutiny/logwrites.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use graph::options::parse_options;

@@ -1,4 +1,4 @@
-//! Tests of what needs no requests. Requests are in the conformance suite and in `drivers/tests/verify.rs`.
+//! Tests of what needs no requests. Requests are in the conformance suite and in `drivers/tests/scrutiny/verify.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use graph::{Driver, Errno, Op, Perm, Result, Roles};

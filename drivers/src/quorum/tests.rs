@@ -1,5 +1,5 @@
 //! Tests of what needs no requests: options, votes, and children that come and go. Requests are in the conformance suite
-//! and in `drivers/tests/quorum.rs`.
+//! and in `drivers/tests/scrutiny/quorum.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use graph::Errno;
