@@ -139,8 +139,8 @@ impl Driver for Blkdebug {
         &["image"]
     }
 
-    fn reopen<'a>(&'a self, _: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
-        Box::pin(async move { reopen::prepare(&self.own, &own) })
+    fn reopen<'a>(&'a self, cx: &'a ReopenContext, own: Value) -> BoxFut<'a, Box<dyn Reopen>> {
+        Box::pin(async move { reopen::reopen(cx, own) })
     }
 
     fn info(&self) -> DriverInfo {

@@ -17,7 +17,6 @@
 //! Called by the graph; must not reach anything but its child.
 
 use graph::{DriverDef, DriverKind, Limits, Perm};
-use serde_json::Value;
 
 use crate::child_size::ChildSize;
 
@@ -54,6 +53,4 @@ struct Blkdebug {
     /// Not shared on the child, whatever users share.
     unshare: Perm,
     size: ChildSize,
-    /// The options it was opened with, without `image`: none of them can change.
-    own: Value,
 }

@@ -17,9 +17,8 @@ use crate::child_size::ChildSize;
 const MOST: u64 = i32::MAX as u64;
 
 /// Opens a node.
-pub(super) async fn open(cx: OpenContext, mut value: Value) -> Result<Opened> {
-    let options: BlkdebugOptions = parse_options(value.clone())?;
-    let own = own_options(&mut value);
+pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
+    let options: BlkdebugOptions = parse_options(value)?;
     let (mut inject, mut set) = match options.config.clone() {
         Some(path) => config::parse(&host::pool::run(move || read(&path)).await?)?,
         None => Default::default(),
@@ -38,16 +37,7 @@ pub(super) async fn open(cx: OpenContext, mut value: Value) -> Result<Opened> {
         take: Permission::all(&options.take_child_perms),
         unshare: Permission::all(&options.unshare_child_perms),
         size: ChildSize::new(child.size()),
-        own,
     }))
-}
-
-/// A driver's options without the child: what a reopening is compared with.
-pub(super) fn own_options(value: &mut Value) -> Value {
-    if let Some(members) = value.as_object_mut() {
-        members.remove("image");
-    }
-    value.take()
 }
 
 /// The text of a configuration file.

@@ -1,21 +1,40 @@
 //! Reopening a blkdebug node: the child may be another one and common options may change, its own options may not.
 //!
-//! Called by the graph on the main thread.
+//! Called by the graph, drained. Rules and state stay as they are.
 
-use graph::{BlockError, Reopen, Result};
-use serde_json::{Map, Value};
+use graph::options::parse_options;
+use graph::{BlockError, Errno, Reopen, ReopenContext, Result, refuse_changes};
+use serde_json::Value;
 
-/// Whether the options are the ones the node was opened with.
-///
-/// # Errors
-/// One that is not, in QEMU's words.
-pub(super) fn prepare(before: &Value, after: &Value) -> Result<Box<dyn Reopen>> {
-    let empty = Map::new();
-    let members = |value: &'_ Value| value.as_object().cloned().unwrap_or_else(|| empty.clone());
-    let (before, after) = (members(before), members(after));
-    let changed = before.keys().chain(after.keys()).find(|name| before.get(*name) != after.get(*name));
-    match changed {
-        Some(name) => Err(BlockError::invalid(format!("Cannot change the option '{name}'"))),
-        None => Ok(Box::new(())),
+use super::options::BlkdebugOptions;
+use super::{IMAGE, open};
+
+/// Options of its own.
+const FIXED: [&str; 11] = [
+    "config",
+    "align",
+    "max-transfer",
+    "opt-write-zero",
+    "max-write-zero",
+    "opt-discard",
+    "max-discard",
+    "inject-error",
+    "set-state",
+    "take-child-perms",
+    "unshare-child-perms",
+];
+
+/// Prepares.
+pub(super) fn reopen(cx: &ReopenContext, own: Value) -> Result<Box<dyn Reopen>> {
+    let mut own = own;
+    if let Some(own) = own.as_object_mut() {
+        refuse_changes(cx.own_before(), own, &FIXED)?;
+        // The graph sees to the child; the name does not matter here.
+        own.insert("image".into(), Value::String(String::new()));
     }
+    let options: BlkdebugOptions = parse_options(own)?;
+    let child = cx.child(IMAGE).ok_or_else(|| BlockError::errno_only(Errno::ENODEV))?;
+    // The limits stay; another child may have another alignment.
+    open::limits(&options, child.driver().limits().request_alignment)?;
+    Ok(Box::new(()))
 }

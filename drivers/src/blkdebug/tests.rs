@@ -1,4 +1,4 @@
-//! Tests of the rules, the configuration file, the limits and reopening. Requests are in the conformance suite and in
+//! Tests of the rules, the configuration file and the limits. Requests are in the conformance suite and in
 //! `drivers/tests/scrutiny/debug.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::options::{BlkdebugOptions, IoType};
 use super::rules::{Failure, Rules};
-use super::{config, open, reopen};
+use super::{config, open};
 
 fn options(more: Value) -> BlkdebugOptions {
     let mut options = json!({"image": "i"});
@@ -190,22 +190,4 @@ fn limits_must_fit_each_other() {
         ..Limits::default()
     };
     assert_eq!(limits(all, 1).unwrap(), expected);
-}
-
-#[test]
-fn none_of_its_own_options_can_change() {
-    let mut given = json!({"image": "i", "align": 512, "inject-error": [{"event": "none"}]});
-    let before = open::own_options(&mut given);
-    assert_eq!(before, json!({"align": 512, "inject-error": [{"event": "none"}]}));
-    let refused = |after: Value| reopen::prepare(&before, &after).err().map(|e| e.to_string());
-    assert_eq!(refused(before.clone()), None);
-    assert_eq!(
-        refused(json!({"align": 1024, "inject-error": [{"event": "none"}]})).unwrap(),
-        "Cannot change the option 'align'"
-    );
-    assert_eq!(refused(json!({"align": 512})).unwrap(), "Cannot change the option 'inject-error'");
-    assert_eq!(
-        refused(json!({"align": 512, "inject-error": [{"event": "none"}], "config": "x"})).unwrap(),
-        "Cannot change the option 'config'"
-    );
 }

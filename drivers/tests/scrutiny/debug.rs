@@ -221,6 +221,34 @@ fn permissions_are_taken_and_kept_from_others() {
 }
 
 #[test]
+fn its_own_options_stay_and_its_child_may_be_another_one() {
+    let mut table = Table::new();
+    table.add(table.file("one", &[1; 1 << 16])).unwrap();
+    table.add(table.file("two", &[2; 1 << 16])).unwrap();
+    let debug = |image: &str, more: Value| {
+        let mut options = json!({"driver": "blkdebug", "node-name": "top", "image": image});
+        options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        options
+    };
+    let reopen = |table: &Table, options: Value| {
+        block_on(table.graph.blockdev_reopen(&[options])).map_err(|e| e.to_string())
+    };
+    let once = json!({"align": 512, "inject-error": [{"event": "none", "once": true}]});
+    table.open(debug("one", once.clone()));
+    let refused = |more: Value| reopen(&table, debug("one", more)).unwrap_err();
+    assert_eq!(
+        refused(json!({"align": 1024, "inject-error": [{"event": "none", "once": true}]})),
+        "Cannot change the option 'align'"
+    );
+    assert_eq!(refused(json!({"align": 512})), "Option 'inject-error' cannot be reset to its default value");
+    assert_eq!(table.read(0, 512), Err(Errno::EIO));
+    assert_eq!(table.read(0, 512), Ok(vec![1; 512]));
+    reopen(&table, debug("two", once)).unwrap();
+    // The rule was used up before.
+    assert_eq!(table.read(0, 512), Ok(vec![2; 512]));
+}
+
+#[test]
 fn rules_come_out_of_a_file_too() {
     let mut table = Table::new();
     let image = table.file("file", &[7; 1 << 16]);

@@ -154,7 +154,7 @@ fn children_come_and_go() {
         driver.remove_child(0).unwrap_err().to_string(),
         "The number of children cannot be lower than the vote threshold 2"
     );
-    let change = |change: Change| block_on(table.graph.change(vec![change])).unwrap();
+    let change = |change: Change| block_on(table.graph.change(&[change])).unwrap();
     let attach = |node: &str| {
         let (name, roles) = driver.add_child().unwrap();
         assert_eq!(roles, Roles::DATA);
