@@ -67,6 +67,10 @@ impl Blklogwrites {
 
     async fn flush_and_log(&self, io: &NodeIo) -> Result<()> {
         let log = io.child(LOG);
+        if !self.log.is_started() {
+            // Nothing was changed: a log that was there stays.
+            return io.child(FILE).flush().await;
+        }
         self.log.start(&log).await?;
         // Its place is before what is not complete now: of that the flush says nothing.
         let entry = Entry { sector: 0, sectors: 0, flags: FLUSH };

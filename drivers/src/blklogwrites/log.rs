@@ -210,7 +210,7 @@ impl Log {
         log.write(0, &block, WriteFlags::FUA).await
     }
 
-    /// Whether anything was logged that the superblock does not know of.
+    /// Whether what is on disk is this log: it goes on with one, or something was logged.
     pub(super) fn is_started(&self) -> bool {
         self.superblock.try_lock().is_none_or(|written| written.is_some())
     }
