@@ -21,6 +21,7 @@ mod null;
 mod qcow2;
 mod quorum;
 mod raw;
+mod to_the_end;
 
 /// Every driver, in the order the reference lists them.
 pub const ALL: &[DriverDef] = &[

@@ -13,7 +13,8 @@ use host::IoVecs;
 
 use super::format::{DISCARD, Entry, FLUSH, FUA};
 use super::log::{ALIGN, Payload};
-use super::{Blklogwrites, FILE, LOG, PIECE};
+use super::{Blklogwrites, BlklogwritesNode, FILE, LOG, PIECE};
+use crate::to_the_end::to_the_end;
 
 impl Blklogwrites {
     /// The entry for a range, whose ends the graph has aligned.
@@ -84,23 +85,23 @@ impl Blklogwrites {
     }
 }
 
-impl Driver for Blklogwrites {
+impl Driver for BlklogwritesNode {
     #[inline]
     fn map(&self, op: Op, offset: u64, len: u64) -> Map<'_> {
         match op {
             Op::Read => Map::Child { child: FILE, offset, len },
             // Nobody writes: nothing to log.
-            Op::Flush if self.read_only => Map::Child { child: FILE, offset, len },
+            Op::Flush if self.0.read_only => Map::Child { child: FILE, offset, len },
             Op::Write | Op::WriteZeroes | Op::Discard | Op::Flush => Map::Drive,
         }
     }
 
     fn size(&self) -> u64 {
-        self.size.get()
+        self.0.size.get()
     }
 
     fn limits(&self) -> Limits {
-        Limits { request_alignment: self.log.sector_size(), ..Limits::default() }
+        Limits { request_alignment: self.0.log.sector_size(), ..Limits::default() }
     }
 
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
@@ -114,21 +115,30 @@ impl Driver for Blklogwrites {
         bufs: &'a IoVecs,
         flags: WriteFlags,
     ) -> BoxFut<'a, ()> {
-        Box::pin(self.write_and_log(io, offset, bufs, flags))
+        let (node, at, bufs) = (Arc::clone(&self.0), io.clone(), bufs.clone());
+        Box::pin(to_the_end(io.local().clone(), async move {
+            node.write_and_log(&at, offset, &bufs, flags).await
+        }))
     }
 
     fn write_zeroes<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64, flags: ZeroFlags) -> BoxFut<'a, ()> {
-        Box::pin(self.zero_and_log(io, offset, len, flags))
+        let (node, at) = (Arc::clone(&self.0), io.clone());
+        Box::pin(to_the_end(
+            io.local().clone(),
+            async move { node.zero_and_log(&at, offset, len, flags).await },
+        ))
     }
 
     fn discard<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, ()> {
-        Box::pin(self.discard_and_log(io, offset, len))
+        let (node, at) = (Arc::clone(&self.0), io.clone());
+        Box::pin(to_the_end(io.local().clone(), async move { node.discard_and_log(&at, offset, len).await }))
     }
 
     fn flush<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
-        Box::pin(async move {
-            if self.read_only { io.child(FILE).flush().await } else { self.flush_and_log(io).await }
-        })
+        let (node, at) = (Arc::clone(&self.0), io.clone());
+        Box::pin(to_the_end(io.local().clone(), async move {
+            if node.read_only { at.child(FILE).flush().await } else { node.flush_and_log(&at).await }
+        }))
     }
 
     fn block_status<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, BlockStatus> {
@@ -145,7 +155,7 @@ impl Driver for Blklogwrites {
             let child = io.child(FILE);
             let result = child.truncate(size, how).await;
             // Also after a failure: half of it may have happened.
-            self.size.look(&child);
+            self.0.size.look(&child);
             result
         })
     }
@@ -155,12 +165,12 @@ impl Driver for Blklogwrites {
     }
 
     fn child_perm(&self, _: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
-        default_child_perm(role, perm, shared, !self.read_only)
+        default_child_perm(role, perm, shared, !self.0.read_only)
     }
 
     fn child_changed(&self, index: usize, child: Option<(&str, &Arc<Node>)>) {
         if index == FILE {
-            self.size.told(child.map(|(_, node)| node));
+            self.0.size.told(child.map(|(_, node)| node));
         }
     }
 
@@ -170,10 +180,10 @@ impl Driver for Blklogwrites {
 
     fn close<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
         Box::pin(async move {
-            if self.read_only || !self.log.is_started() {
+            if self.0.read_only || !self.0.log.is_started() {
                 return Ok(());
             }
-            self.log.publish(&io.child(LOG)).await
+            self.0.log.publish(&io.child(LOG)).await
         })
     }
 }

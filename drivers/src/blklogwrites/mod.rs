@@ -13,6 +13,8 @@
 //!
 //! Called by the graph; must not reach anything but its children.
 
+use std::sync::Arc;
+
 use graph::{DriverDef, DriverKind};
 use host::sync::Ranges;
 
@@ -45,7 +47,10 @@ pub(crate) const BLKLOGWRITES: DriverDef = DriverDef {
     create: None,
 };
 
-/// A blklogwrites node.
+/// A blklogwrites node, as the graph has it.
+struct BlklogwritesNode(Arc<Blklogwrites>);
+
+/// A blklogwrites node, as its requests have it: those that change something go on when nobody waits for them.
 struct Blklogwrites {
     log: Log,
     size: ChildSize,

@@ -2,6 +2,8 @@
 //!
 //! Called by the graph on the main thread; the log is read on an iothread.
 
+use std::sync::Arc;
+
 use graph::options::parse_options;
 use graph::{BlockError, Errno, NodeIo, OpenContext, Opened, Result, Roles};
 use host::IoVecs;
@@ -11,7 +13,7 @@ use serde_json::Value;
 use super::format::{Bad, ENTRY_LEN, Entry, Super, sector_size};
 use super::log::{ALIGN, Log};
 use super::options::BlklogwritesOptions;
-use super::{Blklogwrites, FILE, LOG};
+use super::{Blklogwrites, BlklogwritesNode, FILE, LOG};
 use crate::child_size::ChildSize;
 
 /// Sector size without an option, bytes.
@@ -70,12 +72,12 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         Some((head, next)) => Log::new(head.sector_size, interval, head.entries, next, true),
         None => Log::new(settings.sector_size.unwrap_or(DEFAULT_SECTOR as u32), interval, 0, 1, false),
     };
-    Ok(Opened::new(Blklogwrites {
+    Ok(Opened::new(BlklogwritesNode(Arc::new(Blklogwrites {
         log,
         size: ChildSize::new(cx.child(FILE)?.size()),
         read_only: cx.options().read_only,
         ranges: Ranges::new(),
-    }))
+    }))))
 }
 
 async fn read(io: &NodeIo, offset: u64) -> Result<Vec<u8>> {

@@ -13,7 +13,8 @@ use graph::{
 use host::IoVecs;
 use host::exec::join_all;
 
-use super::{Blkverify, PIECE, RAW, TEST};
+use super::{Blkverify, BlkverifyNode, PIECE, RAW, TEST};
+use crate::to_the_end::to_the_end;
 
 /// Alignment of buffers, bytes: enough for direct I/O on every device.
 const ALIGN: usize = 4096;
@@ -128,7 +129,7 @@ impl Blkverify {
     }
 }
 
-impl Driver for Blkverify {
+impl Driver for BlkverifyNode {
     #[inline]
     fn map(&self, op: Op, _: u64, len: u64) -> Map<'_> {
         match op {
@@ -139,7 +140,7 @@ impl Driver for Blkverify {
     }
 
     fn size(&self) -> u64 {
-        self.size.get()
+        self.0.size.get()
     }
 
     fn limits(&self) -> Limits {
@@ -147,7 +148,7 @@ impl Driver for Blkverify {
     }
 
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
-        Box::pin(self.read_both(io, offset, bufs))
+        Box::pin(self.0.read_both(io, offset, bufs))
     }
 
     fn write<'a>(
@@ -157,15 +158,20 @@ impl Driver for Blkverify {
         bufs: &'a IoVecs,
         flags: WriteFlags,
     ) -> BoxFut<'a, ()> {
-        Box::pin(self.write_both(io, offset, bufs, flags))
+        let (node, at, bufs) = (Arc::clone(&self.0), io.clone(), bufs.clone());
+        Box::pin(to_the_end(
+            io.local().clone(),
+            async move { node.write_both(&at, offset, &bufs, flags).await },
+        ))
     }
 
     fn write_zeroes<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64, flags: ZeroFlags) -> BoxFut<'a, ()> {
-        Box::pin(self.zero_both(io, offset, len, flags))
+        let (node, at) = (Arc::clone(&self.0), io.clone());
+        Box::pin(to_the_end(io.local().clone(), async move { node.zero_both(&at, offset, len, flags).await }))
     }
 
     fn flush<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
-        Box::pin(self.flush_both(io))
+        Box::pin(self.0.flush_both(io))
     }
 
     fn block_status<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, BlockStatus> {
@@ -178,7 +184,7 @@ impl Driver for Blkverify {
     }
 
     fn truncate<'a>(&'a self, io: &'a NodeIo, size: u64, how: Truncate) -> BoxFut<'a, ()> {
-        Box::pin(self.resize_both(io, size, how))
+        Box::pin(self.0.resize_both(io, size, how))
     }
 
     fn supports_fua(&self) -> bool {
@@ -186,12 +192,12 @@ impl Driver for Blkverify {
     }
 
     fn child_perm(&self, _: usize, role: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
-        default_child_perm(role, perm, shared, !self.read_only)
+        default_child_perm(role, perm, shared, !self.0.read_only)
     }
 
     fn child_changed(&self, index: usize, child: Option<(&str, &Arc<Node>)>) {
         if index == TEST {
-            self.size.told(child.map(|(_, node)| node));
+            self.0.size.told(child.map(|(_, node)| node));
         }
     }
 

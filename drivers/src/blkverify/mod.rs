@@ -8,6 +8,8 @@
 //!
 //! Called by the graph; must not reach anything but its children.
 
+use std::sync::Arc;
+
 use graph::{DriverDef, DriverKind};
 use host::sync::Ranges;
 
@@ -37,7 +39,10 @@ pub(crate) const BLKVERIFY: DriverDef = DriverDef {
     create: None,
 };
 
-/// A blkverify node.
+/// A blkverify node, as the graph has it.
+struct BlkverifyNode(Arc<Blkverify>);
+
+/// A blkverify node, as its requests have it: those that change something go on when nobody waits for them.
 struct Blkverify {
     /// What messages of the log call it.
     name: String,

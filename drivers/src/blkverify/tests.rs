@@ -1,10 +1,12 @@
 //! Tests of what needs no requests. Requests are in the conformance suite and in `drivers/tests/scrutiny/verify.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::Arc;
+
 use graph::{Driver, Errno, Op, Perm, Result, Roles};
 use host::sync::Ranges;
 
-use super::{Blkverify, RAW, TEST};
+use super::{Blkverify, BlkverifyNode, RAW, TEST};
 use crate::child_size::ChildSize;
 
 fn node() -> Blkverify {
@@ -33,7 +35,7 @@ fn return_values_must_agree() {
 
 #[test]
 fn only_discards_are_answered_at_once() {
-    let node = node();
+    let node = BlkverifyNode(Arc::new(node()));
     for op in Op::ALL {
         let answer = format!("{:?}", node.map(op, 0, 512));
         assert_eq!(answer, if op == Op::Discard { "Done 512" } else { "Drive" }, "{op:?}");
@@ -42,7 +44,7 @@ fn only_discards_are_answered_at_once() {
 
 #[test]
 fn children_are_used_as_qemu_uses_them() {
-    let node = node();
+    let node = BlkverifyNode(Arc::new(node()));
     let (all, write) = (Perm::ALL, Perm::CONSISTENT_READ | Perm::WRITE);
     assert_eq!(node.child_perm(RAW, Roles::FILTER, write, all), (write, all));
     // Data of a format below: it may grow, and nobody moves its end.

@@ -18,7 +18,8 @@ use super::members::{List, Member};
 use super::open::too_many;
 use super::options::ReadPattern;
 use super::vote::{vote, vote_errors};
-use super::{BUDGET, MAX_CHILDREN, MAX_PIECE, Quorum};
+use super::{BUDGET, MAX_CHILDREN, MAX_PIECE, Quorum, QuorumNode};
+use crate::to_the_end::to_the_end;
 
 /// How pieces and buffers are aligned, bytes: enough for direct I/O on every device.
 const ALIGN: usize = 4096;
@@ -249,7 +250,7 @@ impl Quorum {
     }
 }
 
-impl Driver for Quorum {
+impl Driver for QuorumNode {
     #[inline]
     fn map(&self, op: Op, _: u64, len: u64) -> Map<'_> {
         match op {
@@ -260,7 +261,7 @@ impl Driver for Quorum {
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.0.size
     }
 
     fn limits(&self) -> Limits {
@@ -268,9 +269,9 @@ impl Driver for Quorum {
     }
 
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
-        match self.pattern {
-            ReadPattern::Quorum => Box::pin(self.read_all(io, offset, bufs)),
-            ReadPattern::Fifo => Box::pin(self.read_first(io, offset, bufs)),
+        match self.0.pattern {
+            ReadPattern::Quorum => Box::pin(self.0.read_all(io, offset, bufs)),
+            ReadPattern::Fifo => Box::pin(self.0.read_first(io, offset, bufs)),
         }
     }
 
@@ -281,19 +282,24 @@ impl Driver for Quorum {
         bufs: &'a IoVecs,
         flags: WriteFlags,
     ) -> BoxFut<'a, ()> {
-        Box::pin(self.write_all(io, offset, bufs, flags))
+        let (node, at, bufs) = (Arc::clone(&self.0), io.clone(), bufs.clone());
+        Box::pin(to_the_end(
+            io.local().clone(),
+            async move { node.write_all(&at, offset, &bufs, flags).await },
+        ))
     }
 
     fn write_zeroes<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64, flags: ZeroFlags) -> BoxFut<'a, ()> {
-        Box::pin(self.zero_all(io, offset, len, flags))
+        let (node, at) = (Arc::clone(&self.0), io.clone());
+        Box::pin(to_the_end(io.local().clone(), async move { node.zero_all(&at, offset, len, flags).await }))
     }
 
     fn flush<'a>(&'a self, io: &'a NodeIo) -> BoxFut<'a, ()> {
-        Box::pin(self.flush_all(io))
+        Box::pin(self.0.flush_all(io))
     }
 
     fn block_status<'a>(&'a self, io: &'a NodeIo, offset: u64, len: u64) -> BoxFut<'a, BlockStatus> {
-        Box::pin(self.status(io, offset, len))
+        Box::pin(self.0.status(io, offset, len))
     }
 
     fn supports_fua(&self) -> bool {
@@ -302,20 +308,20 @@ impl Driver for Quorum {
     }
 
     fn child_perm(&self, _: usize, _: Roles, perm: Perm, shared: Perm) -> (Perm, Perm) {
-        let rewrites = if self.rewrite { Perm::WRITE } else { Perm::NONE };
+        let rewrites = if self.0.rewrite { Perm::WRITE } else { Perm::NONE };
         // Whoever else writes or resizes a child makes it differ from the others.
         (perm | rewrites, shared & (Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED))
     }
 
     fn child_changed(&self, child: usize, now: Option<(&str, &Arc<Node>)>) {
-        self.members.changed(child, now);
+        self.0.members.changed(child, now);
     }
 
     fn add_child(&self) -> Result<(String, Roles)> {
-        if self.blkverify {
+        if self.0.blkverify {
             return Err(BlockError::invalid("Cannot add a child to a quorum in blkverify mode"));
         }
-        let (name, children) = self.members.next();
+        let (name, children) = self.0.members.next();
         if children >= MAX_CHILDREN {
             return Err(too_many());
         }
@@ -323,10 +329,10 @@ impl Driver for Quorum {
     }
 
     fn remove_child(&self, _: usize) -> Result<()> {
-        if self.members.list().len() <= self.threshold {
+        if self.0.members.list().len() <= self.0.threshold {
             return Err(BlockError::invalid(format!(
                 "The number of children cannot be lower than the vote threshold {}",
-                self.threshold
+                self.0.threshold
             )));
         }
         Ok(())
@@ -334,7 +340,7 @@ impl Driver for Quorum {
 
     fn info(&self) -> DriverInfo {
         // What all copies take up together.
-        let allocated = self.members.list().iter().map(|m| m.node.driver().info().allocated).sum();
+        let allocated = self.0.members.list().iter().map(|m| m.node.driver().info().allocated).sum();
         DriverInfo { supports_fua: true, allocated, ..DriverInfo::default() }
     }
 }

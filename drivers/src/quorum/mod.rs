@@ -52,7 +52,10 @@ pub(crate) const QUORUM: DriverDef = DriverDef {
     create: None,
 };
 
-/// A quorum node.
+/// A quorum node, as the graph has it.
+struct QuorumNode(Arc<Quorum>);
+
+/// A quorum node, as its requests have it: those that change something go on when nobody waits for them.
 struct Quorum {
     /// What messages of the log call it.
     name: String,

@@ -2,6 +2,8 @@
 //!
 //! Called by the graph on the main thread.
 
+use std::sync::Arc;
+
 use graph::options::parse_options;
 use graph::{BlockError, OpenContext, Opened, Result, Roles};
 use host::sync::Ranges;
@@ -9,7 +11,7 @@ use serde_json::Value;
 
 use super::members::{Member, Members, child_name};
 use super::options::{QuorumOptions, ReadPattern};
-use super::{MAX_CHILDREN, Quorum};
+use super::{MAX_CHILDREN, Quorum, QuorumNode};
 
 /// What the options say, checked as far as that goes without the children.
 pub(super) struct Rules {
@@ -68,7 +70,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         members.push(Member::new(index, number, cx.child(index)?));
     }
     let size = common_size(&members)?;
-    Ok(Opened::new(Quorum {
+    Ok(Opened::new(QuorumNode(Arc::new(Quorum {
         name: cx.node_name().to_owned(),
         size,
         members: Members::new(members),
@@ -78,7 +80,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         rewrite: rules.rewrite,
         events: cx.events(),
         ranges: Ranges::new(),
-    }))
+    }))))
 }
 
 fn common_size(members: &[Member]) -> Result<u64> {
