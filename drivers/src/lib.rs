@@ -11,6 +11,10 @@
 
 use graph::DriverDef;
 
+mod blkdebug;
+mod blklogwrites;
+mod blkverify;
+mod child_size;
 mod compress;
 mod cor;
 mod file;
@@ -19,11 +23,16 @@ mod luks;
 mod null;
 mod preallocate;
 mod qcow2;
+mod quorum;
 mod raw;
 pub mod throttle;
+mod to_the_end;
 
 /// Every driver, in the order the reference lists them.
 pub const ALL: &[DriverDef] = &[
+    blkdebug::BLKDEBUG,
+    blklogwrites::BLKLOGWRITES,
+    blkverify::BLKVERIFY,
     compress::COMPRESS,
     cor::COPY_ON_READ,
     file::FILE,
@@ -33,6 +42,7 @@ pub const ALL: &[DriverDef] = &[
     null::NULL_CO,
     preallocate::PREALLOCATE,
     qcow2::QCOW2,
+    quorum::QUORUM,
     raw::RAW,
     throttle::THROTTLE,
 ];

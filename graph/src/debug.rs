@@ -1,8 +1,10 @@
 //! Names of points that drivers pass while they work, for the `blkdebug` driver: it fails requests once such a point has
 //! been reached. The names are QEMU's `BlkdebugEvent`.
 //!
-//! Told by format drivers to their child ([`crate::NodeIo::debug_event`]) on any thread. Costs a virtual call that does nothing
-//! where the child is not `blkdebug`; the path of mapped requests tells none.
+//! Told by format drivers to their child ([`crate::NodeIo::debug_event`]), and by the asynchronous path of requests for the
+//! stages of a write to the node itself (`pwritev` and its kin) and for flushes to the child, on any thread. Costs a virtual
+//! call that does nothing where the node is not `blkdebug`. The path of mapped requests tells none: a `blkdebug` node with
+//! rules sees to it that requests are driven.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

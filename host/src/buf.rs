@@ -224,6 +224,22 @@ impl IoVecs {
         zero
     }
 
+    /// Where the first byte is that differs, as far as both go; `None`: there is none.
+    pub fn first_difference(&self, other: &IoVecs) -> Option<usize> {
+        let (mut a, mut b) = ([0u8; PEEK], [0u8; PEEK]);
+        let len = self.len.min(other.len);
+        for at in (0..len).step_by(PEEK) {
+            let n = (len - at).min(PEEK);
+            let (a, b) = (&mut a[..n], &mut b[..n]);
+            self.copy_to(at, a);
+            other.copy_to(at, b);
+            if a != b {
+                return a.iter().zip(b.iter()).position(|(a, b)| a != b).map(|i| at + i);
+            }
+        }
+        None
+    }
+
     /// True if every piece starts at a multiple of `mem_align` (a power of two) and is a multiple of it long.
     pub fn is_aligned(&self, mem_align: usize) -> bool {
         self.fits(mem_align, mem_align)

@@ -7,9 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op,
-    OverlayPlace, Perm, Reopen,
-    ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, default_child_perm,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, OverlayPlace,
+    Perm, Reopen, ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, default_child_perm,
 };
 use host::IoVecs;
 use serde_json::{Value, json};

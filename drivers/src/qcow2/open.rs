@@ -206,6 +206,7 @@ pub(super) async fn read_image(io: &NodeIo, policy: Policy) -> Result<Image> {
     }
     let l1 = read_bytes(io, header.l1_offset, header.l1_bytes()).await;
     let l1 = words(&l1.map_err(|e| e.context("Could not read L1 table"))?);
+    io.debug_event(graph::DebugEvent::ReftableLoad);
     let reftable = read_bytes(io, header.reftable_offset, header.reftable_bytes()).await;
     let mut reftable = words(&reftable.map_err(|e| e.context("Could not read refcount table"))?);
     reftable.iter_mut().for_each(|entry| *entry &= !0x1ff);

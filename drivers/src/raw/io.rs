@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Location, Map, Node, NodeIo, Op,
-    Perm, Reopen, ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, ZeroFlags,
+    BlockError, BlockStatus, BoxFut, DebugEvent, Driver, DriverInfo, Errno, Limits, Location, Map, Node,
+    NodeIo, Op, Perm, Reopen, ReopenContext, Result, Roles, StatusFlags, Truncate, WriteFlags, ZeroFlags,
     default_child_perm,
 };
 use host::IoVecs;
@@ -77,7 +77,12 @@ impl Driver for Raw {
     }
 
     fn read<'a>(&'a self, io: &'a NodeIo, offset: u64, bufs: &'a IoVecs) -> BoxFut<'a, ()> {
-        Box::pin(async move { io.child(FILE).read(self.at(offset, bufs.len() as u64)?, bufs).await })
+        Box::pin(async move {
+            let at = self.at(offset, bufs.len() as u64)?;
+            let child = io.child(FILE);
+            child.debug_event(DebugEvent::ReadAio);
+            child.read(at, bufs).await
+        })
     }
 
     fn write<'a>(
@@ -90,7 +95,9 @@ impl Driver for Raw {
         Box::pin(async move {
             let len = bufs.len() as u64;
             let at = self.at(offset, len)?;
-            io.child(FILE).write(at, bufs, flags).await?;
+            let child = io.child(FILE);
+            child.debug_event(DebugEvent::WriteAio);
+            child.write(at, bufs, flags).await?;
             self.note_child(io, at, len);
             Ok(())
         })

@@ -6,6 +6,7 @@ use host::IoVecs;
 
 use super::read::{bounce, widen};
 use super::{MAX_BOUNCE, NodeIo};
+use crate::debug::DebugEvent;
 use crate::driver::{DriverKind, Op, WriteFlags, ZeroFlags};
 use crate::error::{Errno, Result};
 use crate::io::tracked::Token;
@@ -119,12 +120,16 @@ impl NodeIo {
             let (start, end) = widen(at, piece, align);
             let buffer = bounce(node, end - start)?;
             if at != start {
+                self.debug_event(DebugEvent::PwritevRmwHead);
                 self.read_aligned(node, start, &buffer.slice(0, align as usize)).await?;
+                self.debug_event(DebugEvent::PwritevRmwAfterHead);
             }
             let last = end - align;
             // The first block may be the last one as well, and has been read then.
             if at + piece != end && (last != start || at == start) {
+                self.debug_event(DebugEvent::PwritevRmwTail);
                 self.read_aligned(node, last, &buffer.slice((last - start) as usize, align as usize)).await?;
+                self.debug_event(DebugEvent::PwritevRmwAfterTail);
             }
             let data = bufs.slice(done as usize, piece as usize);
             buffer.slice((at - start) as usize, piece as usize).copy_iov(&data);
@@ -144,8 +149,11 @@ impl NodeIo {
     ) -> Result<()> {
         let max = node.limits().max_transfer;
         let len = bufs.len() as u64;
+        self.debug_event(DebugEvent::Pwritev);
         if max == 0 || len <= max {
-            return node.driver().write(self, offset, bufs, flags).await;
+            let result = node.driver().write(self, offset, bufs, flags).await;
+            self.debug_event(DebugEvent::PwritevDone);
+            return result;
         }
         let mut done = 0;
         while done < len {
@@ -154,6 +162,7 @@ impl NodeIo {
             node.driver().write(self, offset + done, &part, flags).await?;
             done += piece;
         }
+        self.debug_event(DebugEvent::PwritevDone);
         Ok(())
     }
 
@@ -165,6 +174,12 @@ impl NodeIo {
         if let Some(errno) = node.node().flush_error() {
             return Err(errno.into());
         }
+        // In this order, and to these nodes, as QEMU tells them: a parent has its data on disk through this node, and this
+        // node is about to hand its own on.
+        if !self.bounded {
+            self.debug_event(DebugEvent::FlushToDisk);
+        }
+        self.child(0).debug_event(DebugEvent::FlushToOs);
         let result = node.driver().flush(self).await;
         if let Err(e) = &result
             && node.node().kind() == DriverKind::Protocol

@@ -6,6 +6,7 @@ use host::IoVecs;
 
 use super::read::bounce;
 use super::{MAX_BOUNCE, NodeIo};
+use crate::debug::DebugEvent;
 use crate::driver::{Op, WriteFlags, ZeroFlags};
 use crate::error::{Errno, Result};
 use crate::options::DiscardOption;
@@ -69,6 +70,7 @@ impl NodeIo {
         let granularity = u64::from(limits.write_zeroes_alignment).max(align);
         let end = offset + len;
         let mut at = offset;
+        self.debug_event(DebugEvent::PwritevZero);
         while at < end {
             let mut part = piece(at, end, granularity, limits.max_write_zeroes);
             if !(at | part).is_multiple_of(align) {
@@ -92,6 +94,7 @@ impl NodeIo {
             }
             at += part;
         }
+        self.debug_event(DebugEvent::PwritevDone);
         if flush_after { self.flush_unaccounted().await } else { Ok(()) }
     }
 

@@ -118,3 +118,18 @@ fn parts_make_one_list() {
     all.slice(1, 3).copy_from(0, &[9, 9, 9]);
     assert_eq!(all.to_vec(), [2, 9, 9, 9, 6], "the memory stays while the list does");
 }
+
+#[test]
+fn the_first_difference_is_found_across_pieces() {
+    let bytes: Vec<u8> = (0..10_000u32).map(|n| (n % 251) as u8).collect();
+    let whole = IoVecs::from_vec(bytes.clone());
+    let parts = IoVecs::concat(&[whole.slice(0, 4095), whole.slice(4095, 3), whole.slice(4098, 9000)]);
+    assert_eq!(whole.first_difference(&parts), None);
+    assert_eq!(parts.slice(7, 9000).first_difference(&whole.slice(7, 9000)), None);
+    for at in [0, 4095, 4096, 8191, 9999] {
+        let mut other = bytes.clone();
+        other[at] ^= 1;
+        assert_eq!(parts.first_difference(&IoVecs::from_vec(other)), Some(at));
+    }
+    assert_eq!(whole.first_difference(&IoVecs::empty()), None);
+}

@@ -16,7 +16,9 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use crate::primitive::atomic::{AtomicBool, Ordering};
 
+mod join;
 mod main;
+pub use join::join_all;
 pub use main::{MainExecutor, MainRemote, block_on};
 
 #[cfg(test)]

@@ -34,6 +34,44 @@ mod plain {
     }
 
     #[test]
+    fn ranges_wait_for_earlier_ones_that_overlap() {
+        let ranges = Ranges::new();
+        let first = block_on(ranges.share(0, 10));
+        // Shared with shared, exclusive beside: at once.
+        let second = block_on(ranges.share(5, 15));
+        drop(block_on(ranges.take(15, 20)));
+        let mut writer = Box::pin(ranges.take(9, 12));
+        assert!(poll(&mut writer).is_pending());
+        // Nobody overtakes: this one waits for the writer that waits.
+        let mut reader = Box::pin(ranges.share(11, 12));
+        assert!(poll(&mut reader).is_pending());
+        drop(first);
+        assert!(poll(&mut writer).is_pending());
+        drop(second);
+        let Poll::Ready(held) = poll(&mut writer) else { panic!("the writer waits for nobody") };
+        assert!(poll(&mut reader).is_pending());
+        drop(held);
+        assert!(poll(&mut reader).is_ready());
+        // Given up while it waited: others need not wait for it.
+        let held = block_on(ranges.take(0, 1));
+        let mut given_up = Box::pin(ranges.take(0, 100));
+        assert!(poll(&mut given_up).is_pending());
+        drop(given_up);
+        drop(block_on(ranges.take(50, 60)));
+        drop(held);
+    }
+
+    #[test]
+    fn ranges_wake_those_they_kept_waiting() {
+        let ranges = Arc::new(Ranges::new());
+        let held = block_on(ranges.take(0, 10));
+        let other = Arc::clone(&ranges);
+        let thread = std::thread::spawn(move || block_on(async { drop(other.share(3, 4).await) }));
+        drop(held);
+        thread.join().unwrap();
+    }
+
+    #[test]
     fn the_mutex_is_handed_over_in_order() {
         let m = Mutex::new(0);
         let g = m.try_lock().unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Called by compressed writes. Every host cluster a piece touches is referenced once for it.
 
-use graph::{BlockError, Errno, NodeIo, Result};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result};
 
 use super::{Space, lock};
 use crate::qcow2::node::FILE;
@@ -28,6 +28,7 @@ impl Space {
 
     async fn alloc_bytes_unmarked(&self, file: &NodeIo, bytes: u64) -> Result<u64> {
         self.health.check()?;
+        file.debug_event(DebugEvent::ClusterAllocBytes);
         let size = self.geo.cluster_size();
         if bytes == 0 || bytes > size {
             return Err(Errno::EINVAL.into());

@@ -3,7 +3,7 @@
 //! Used by the other files here with `slow` held, and by snapshots. A change is made in memory only, and as a whole or
 //! not at all.
 
-use graph::{BlockError, Errno, NodeIo, Result};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result};
 use host::IoVecs;
 
 use super::{Kind, Kinds, Space, State, lock};
@@ -50,6 +50,7 @@ impl Space {
             return Err(BlockError::new(Errno::EIO, message));
         }
         let buffer = IoVecs::alloc(size as usize, META_ALIGN)?;
+        file.debug_event(DebugEvent::RefblockLoad);
         file.read(offset, &buffer).await?;
         let mut state = lock(&self.state);
         state.blocks.insert(index, offset, buffer.to_vec().into_boxed_slice());
@@ -192,6 +193,9 @@ impl Space {
         let mut copies = lock(&self.state).blocks.collect(only, unit);
         let own = Kinds::of(&[Kind::RefcountBlock]);
         let guarded = copies.writes.iter().try_for_each(|w| self.guard(w.offset, w.data.len() as u64, own));
+        if !copies.writes.is_empty() {
+            file.debug_event(DebugEvent::RefblockUpdatePart);
+        }
         let result = match guarded {
             Ok(()) => write_all(file, std::mem::take(&mut copies.writes)).await,
             Err(e) => Err(e),

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use graph::{NodeIo, Result, Ticket};
+use graph::{DebugEvent, NodeIo, Result, Ticket};
 
 use crate::qcow2::node::FILE;
 
@@ -90,6 +90,7 @@ impl Space {
 
     async fn alloc_unmarked(&self, file: &NodeIo, clusters: u64, contiguous: bool) -> Result<Extent> {
         self.health.check()?;
+        file.debug_event(DebugEvent::ClusterAlloc);
         let clusters = clusters.max(1);
         if let Some(extent) = self.next_of_slot(clusters, contiguous) {
             return Ok(extent);

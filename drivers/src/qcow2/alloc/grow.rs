@@ -4,7 +4,7 @@
 //! and durable before the table points to it; a larger table is written and durable before the header points to it. A
 //! failure on the way leaves everything as it was, at worst with clusters that leak.
 
-use graph::{BlockError, Errno, NodeIo, Result, StatusFlags, WriteFlags};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result, StatusFlags, WriteFlags};
 use host::IoVecs;
 
 use super::{Extent, FreeKind, Freed, Kind, Kinds, Space, lock};
@@ -126,6 +126,7 @@ impl Space {
                 cluster
             }
         };
+        file.debug_event(DebugEvent::RefblockAllocHookup);
         let entry = self.reftable_sector(index, cluster << self.geo.cluster_bits());
         self.guard(entry.offset, entry.data.len() as u64, Kinds::of(&[Kind::RefcountTable]))?;
         *lock(&self.spare) = Some(Spare { index, cluster });
@@ -154,6 +155,7 @@ impl Space {
     async fn write_block(&self, file: &NodeIo, index: u64, cluster: u64) -> Result<()> {
         let offset = cluster << self.geo.cluster_bits();
         let own = self.geo.reftable_index(cluster);
+        file.debug_event(DebugEvent::RefblockAlloc);
         self.check_fresh(cluster, 1)?;
         self.ensure_file(file, cluster + 1).await?;
         let mut data = vec![0; self.geo.cluster_size() as usize];
@@ -172,6 +174,7 @@ impl Space {
             }
         }
         let result = async {
+            file.debug_event(DebugEvent::RefblockAllocWrite);
             write_all(file, vec![MetaWrite { offset, data }]).await?;
             if own != index {
                 self.write_counts(file, Some(own)).await?;
@@ -204,6 +207,7 @@ impl Space {
 
     /// Moves the refcount table to a larger place that describes itself, and makes it reach `index`.
     async fn grow_table(&self, file: &NodeIo, index: u64) -> Result<()> {
+        file.debug_event(DebugEvent::ReftableGrow);
         let bits = self.geo.cluster_bits();
         let size = self.geo.cluster_size();
         let per_cluster = self.geo.reftable_entries_per_cluster();
@@ -267,8 +271,12 @@ impl Space {
             offset: table_offset,
             data: entries.iter().flat_map(|e| e.to_be_bytes()).collect(),
         });
+        // Blocks and table go together.
+        file.debug_event(DebugEvent::RefblockAllocWriteBlocks);
+        file.debug_event(DebugEvent::RefblockAllocWriteTable);
         write_all(file, writes).await?;
         self.health.barrier(file, None).await?;
+        file.debug_event(DebugEvent::RefblockAllocSwitchTable);
         let clusters = u32::try_from(table).map_err(|_| Self::too_large())?;
         if let Err(e) = self.header.switch_reftable(file, table_offset, clusters).await {
             // The header may point there by now, on disk: those clusters are never used.

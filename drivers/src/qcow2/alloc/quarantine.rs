@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use graph::{BlockError, Errno, NodeIo, Result};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result};
 
 use super::{FreeKind, Freed, Space, lock};
 
@@ -132,6 +132,7 @@ impl Space {
     /// One reference less to clusters of one block. Those that have none left are given up on the host first, where that is
     /// wanted, and can then be allocated. `slow` is held.
     async fn count_down(&self, file: &NodeIo, first: u64, clusters: u64, kind: FreeKind) -> Result<()> {
+        file.debug_event(DebugEvent::ClusterFree);
         self.load_range(file, first, clusters).await?;
         let mut empty: BTreeMap<u64, u64> = BTreeMap::new();
         {

@@ -4,7 +4,7 @@
 //! Called with `slow` held. Opening an image scans nothing: the end is found by the last refcount blocks, holes are looked for a
 //! few blocks at a time when somebody allocates.
 
-use graph::{BlockError, Errno, NodeIo, Result, StatusFlags, ZeroFlags};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result, StatusFlags, ZeroFlags};
 
 use super::{Extent, Space, lock};
 
@@ -183,6 +183,7 @@ impl Space {
 
     /// Whether a run that was used before reads as zeroes now, making it so where that is cheap.
     pub(super) async fn make_zero(&self, file: &NodeIo, extent: Extent) -> bool {
+        file.debug_event(DebugEvent::ClusterAllocSpace);
         let bytes = extent.clusters << self.geo.cluster_bits();
         match file.block_status(extent.offset, bytes).await {
             Ok(s) if s.flags.contains(StatusFlags::ZERO) && s.len >= bytes => return true,

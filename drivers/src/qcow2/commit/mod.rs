@@ -154,6 +154,7 @@ impl Commits {
             if clean {
                 return Ok(());
             }
+            dirty.tell(file);
             let writes = dirty.writes.iter();
             let writes = writes.map(|w| MetaWrite { offset: w.offset, data: w.data.clone() }).collect();
             write_all(file, writes).await?;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use graph::{BlockError, Errno, NodeIo, Result, WriteFlags};
+use graph::{BlockError, DebugEvent, Errno, NodeIo, Result, WriteFlags};
 use host::IoVecs;
 
 use crate::qcow2::codec;
@@ -46,7 +46,9 @@ impl Qcow2 {
         let (offset, bytes) = self.compressed_place(entry);
         // At most two clusters. The last sector may lie past the end of the file: zeroes, which decoders skip.
         let buffer = IoVecs::alloc(bytes as usize, 4096).map_err(BlockError::from)?;
-        io.child(FILE).read(offset, &buffer).await?;
+        let file = io.child(FILE);
+        file.debug_event(DebugEvent::ReadCompressed);
+        file.read(offset, &buffer).await?;
         let (raw, kind, size) =
             (buffer.to_vec(), self.header().compression, self.geo.cluster_size() as usize);
         let decoded = io.local().blocking(move || {
@@ -95,7 +97,9 @@ impl Qcow2 {
         };
         let bytes = packed.len() as u64;
         let offset = self.space.alloc_bytes(io, bytes).await?;
-        let written = io.child(FILE).write(offset, &IoVecs::from_vec(packed), WriteFlags::empty()).await;
+        let file = io.child(FILE);
+        file.debug_event(DebugEvent::WriteCompressed);
+        let written = file.write(offset, &IoVecs::from_vec(packed), WriteFlags::empty()).await;
         if let Err(e) = written {
             self.space.give_back(offset, bytes);
             return Err(e);
@@ -103,6 +107,7 @@ impl Qcow2 {
         let sectors = ((offset + bytes - 1) >> 9) - (offset >> 9);
         let entry = COMPRESSED | offset | (sectors << self.geo.csize_shift());
         self.decoded.forget(entry);
+        file.debug_event(DebugEvent::L2UpdateCompressed);
         plan.publish_entry(entry);
         Ok(())
     }

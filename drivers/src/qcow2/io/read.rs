@@ -2,11 +2,11 @@
 //!
 //! Called by the graph, and by writes for the surroundings they copy. Pieces of one request run at the same time.
 
-use graph::{BlockError, NodeIo, Result};
+use graph::{BlockError, DebugEvent, NodeIo, Result};
 use host::IoVecs;
 
 use super::join::Pieces;
-use crate::qcow2::node::Qcow2;
+use crate::qcow2::node::{FILE, Qcow2};
 use crate::qcow2::table::{Kind, Run};
 
 /// Encrypted data goes through a buffer of at most this size, bytes.
@@ -49,9 +49,15 @@ impl Qcow2 {
 
     async fn read_run(&self, io: &NodeIo, at: u64, run: Run, part: IoVecs) -> Result<()> {
         match (run.kind, run.host, self.backing) {
-            (Kind::Normal, Some(host), _) => self.read_host(io, at, host, &part).await,
+            (Kind::Normal, Some(host), _) => {
+                io.child(FILE).debug_event(DebugEvent::ReadAio);
+                self.read_host(io, at, host, &part).await
+            }
             // Past its end the child reads as zeroes.
-            (Kind::Unallocated, _, Some(backing)) => io.child(backing).read(at, &part).await,
+            (Kind::Unallocated, _, Some(backing)) => {
+                io.child(FILE).debug_event(DebugEvent::ReadBackingAio);
+                io.child(backing).read(at, &part).await
+            }
             (Kind::Compressed, ..) => self.read_compressed(io, at, run.entry, &part).await,
             (Kind::Zero | Kind::Unallocated, ..) => {
                 part.fill(0);

@@ -4,7 +4,7 @@
 //! aside; then the size. Shrinking: what lies beyond is given up, then the size. At every point of a crash the image has
 //! the old size or the new one.
 
-use graph::{BlockError, NodeIo, Prealloc, Result, Truncate, WriteFlags};
+use graph::{BlockError, DebugEvent, NodeIo, Prealloc, Result, Truncate, WriteFlags};
 use host::IoVecs;
 
 use super::zero::Clear;
@@ -111,14 +111,17 @@ impl Qcow2 {
         self.commits.flush(self, io).await?;
         let clusters = self.geo.clusters(wanted * 8);
         let file = io.child(FILE);
+        file.debug_event(DebugEvent::L1GrowAllocTable);
         let extent = self.space.alloc_in(&file, clusters, true).await?;
         let bytes = clusters << self.geo.cluster_bits();
         let written = async {
             let mut raw: Vec<u8> = self.tables.l1_entries().iter().flat_map(|e| e.to_be_bytes()).collect();
             raw.resize(bytes as usize, 0);
+            file.debug_event(DebugEvent::L1GrowWriteTable);
             file.write(extent.offset, &IoVecs::from_vec(raw), WriteFlags::empty()).await?;
             // Its refcounts and its content, before the header names it.
             self.commits.settle(self, io).await?;
+            file.debug_event(DebugEvent::L1GrowActivateTable);
             self.header.switch_l1(&file, None, extent.offset, wanted as u32).await
         };
         if let Err(e) = written.await {
@@ -145,6 +148,7 @@ impl Qcow2 {
         }
         self.commits.flush(self, io).await?;
         // Tables that are empty now.
+        io.child(FILE).debug_event(DebugEvent::L1ShrinkFreeL2Clusters);
         let first = self.geo.l1_entries_for(size);
         for index in first..u64::from(self.tables.l1_len()) {
             let table = self.tables.l1(index) & OFFSET_MASK;

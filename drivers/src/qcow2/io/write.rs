@@ -4,14 +4,14 @@
 //! clusters, everything else goes on. What a new entry makes visible is written, in one go with its surroundings,
 //! before the entry is published; the commit makes it durable before the entry is.
 
-use graph::{BlockError, NodeIo, Result, WriteFlags};
+use graph::{BlockError, DebugEvent, NodeIo, Result, WriteFlags};
 use host::IoVecs;
 
 use super::join::Pieces;
 use super::plan::{Next, Old, Plan};
 use super::read::MAX_BOUNCE;
 use crate::qcow2::alloc::Kinds;
-use crate::qcow2::node::Qcow2;
+use crate::qcow2::node::{FILE, Qcow2};
 use crate::qcow2::table::Kind;
 
 /// Space that was allocated and is not published: given back when dropped.
@@ -82,7 +82,10 @@ impl Qcow2 {
 
     async fn carry_out(&self, io: &NodeIo, work: Work<'_>, at: u64, data: IoVecs) -> Result<()> {
         match work {
-            Work::InPlace(host) => self.write_host(io, at, host, &data).await,
+            Work::InPlace(host) => {
+                io.child(FILE).debug_event(DebugEvent::WriteAio);
+                self.write_host(io, at, host, &data).await
+            }
             Work::Planned(plan, place) => self.write_planned(io, plan, place, at, data).await,
         }
     }
@@ -140,6 +143,12 @@ impl Qcow2 {
         let tail = self.surrounding(io, &plan, end, plan.to, place.zero).await?;
         let from = if head.is_some() { plan.from } else { at };
         let host = place.host + (from - plan.start);
+        let file = io.child(FILE);
+        if head.is_some() || tail.is_some() {
+            file.debug_event(DebugEvent::CowWrite);
+        }
+        // One write is both, where there is something to copy.
+        file.debug_event(DebugEvent::WriteAio);
         if head.is_none() && tail.is_none() {
             self.write_host(io, at, host, &data).await?;
         } else {
@@ -174,6 +183,7 @@ impl Qcow2 {
         }
         let buffer = IoVecs::alloc((to - from) as usize, 4096).map_err(BlockError::from)?;
         if !zero {
+            io.child(FILE).debug_event(DebugEvent::CowRead);
             self.read_range(io, from, &buffer).await?;
             if host_zero && self.crypt.is_none() && buffer.is_zero() {
                 return Ok(None);

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use graph::{BlockError, NodeIo, Result};
+use graph::{BlockError, DebugEvent, NodeIo, Result};
 use host::IoVecs;
 use host::sync::Event;
 
@@ -102,7 +102,9 @@ impl Tables {
             return Err(node.corrupt(io, words, None, None).await);
         }
         let buffer = IoVecs::alloc(bytes as usize, 4096).map_err(BlockError::from)?;
-        io.child(FILE).read(table + (slice & ((1 << bits) - 1)) * bytes, &buffer).await?;
+        let file = io.child(FILE);
+        file.debug_event(DebugEvent::L2Load);
+        file.read(table + (slice & ((1 << bits) - 1)) * bytes, &buffer).await?;
         let raw = buffer.to_vec();
         let mut words: Vec<u64> = raw.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect();
         let step = if self.geo().extended_l2() { 2 } else { 1 };

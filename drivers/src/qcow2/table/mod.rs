@@ -16,7 +16,7 @@ pub(crate) mod watch;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use graph::{NodeIo, Result};
+use graph::{DebugEvent, NodeIo, Result};
 use host::sync::{Event, WaitQueue};
 
 pub(crate) use cache::Slice;
@@ -45,6 +45,18 @@ pub(crate) struct DirtyTables {
     pub(crate) writes: Vec<TableWrite>,
     slices: Vec<(u64, u128)>,
     l1: Vec<u32>,
+}
+
+impl DirtyTables {
+    /// Tells the file that it is about to be written.
+    pub(crate) fn tell(&self, file: &NodeIo) {
+        if !self.slices.is_empty() {
+            file.debug_event(DebugEvent::L2Update);
+        }
+        if !self.l1.is_empty() {
+            file.debug_event(DebugEvent::L1Update);
+        }
+    }
 }
 
 /// What the shortest lookup says.

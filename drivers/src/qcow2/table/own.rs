@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use graph::{BlockError, NodeIo, Result, WriteFlags};
+use graph::{BlockError, DebugEvent, NodeIo, Result, WriteFlags};
 use host::IoVecs;
 use host::sync::Event;
 
@@ -76,6 +76,7 @@ impl Tables {
             }
             let mut table = IoVecs::alloc(size as usize, 4096).map_err(BlockError::from)?;
             if from != 0 {
+                file.debug_event(DebugEvent::L2AllocCowRead);
                 file.read(from, &table).await?;
                 let step = if self.geo().extended_l2() { 2 } else { 1 };
                 let raw = table.to_vec();
@@ -84,6 +85,7 @@ impl Tables {
                 strip_copied(&mut words, step);
                 table = IoVecs::from_vec(words.iter().flat_map(|w| w.to_be_bytes()).collect());
             }
+            file.debug_event(DebugEvent::L2AllocWrite);
             file.write(extent.offset, &table, WriteFlags::empty()).await
         };
         if let Err(e) = written.await {
