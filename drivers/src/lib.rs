@@ -11,6 +11,7 @@
 
 use graph::DriverDef;
 
+mod cache;
 mod file;
 mod luks;
 mod null;
@@ -19,7 +20,7 @@ mod raw;
 
 /// Every driver, in the order the reference lists them.
 pub const ALL: &[DriverDef] =
-    &[file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
+    &[cache::CACHE, file::FILE, file::HOST_DEVICE, luks::LUKS, null::NULL_AIO, null::NULL_CO, qcow2::QCOW2, raw::RAW];
 
 /// Images without a node: what test tools and offline tools need of a format that this crate knows.
 pub mod image {
