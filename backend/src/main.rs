@@ -1,11 +1,12 @@
 //! ringblk: a vhost-user-blk backend in front of a block graph. This file wires and does nothing else.
 //!
-//! `ringblk img` is a tool of its own (`img`). Everything else is the daemon, in this order: descriptors, command line,
+//! `ringblk img` and `ringblk ctl` are tools of their own (`img`, `ctl`). Everything else is the daemon, in this order: descriptors, command line,
 //! daemon, log, limits, signals, then `daemon::start::run`.
 
 #![forbid(unsafe_code)]
 
 mod blk;
+mod ctl;
 mod daemon;
 mod export;
 mod img;
@@ -23,8 +24,10 @@ use process::{EXIT_FAILURE, EXIT_OK, limits, logging};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    if args.next().is_some_and(|first| first == "img") {
-        return img::main(args);
+    match args.next() {
+        Some(first) if first == "img" => return img::main(args),
+        Some(first) if first == "ctl" => return ctl::main(args),
+        _ => {}
     }
     // First, before any descriptor is opened that could be taken for an inherited one.
     let passed = PassedFds::from_env();

@@ -14,6 +14,7 @@ use graph::DriverDef;
 mod blkdebug;
 mod blklogwrites;
 mod blkverify;
+mod cache;
 mod child_size;
 mod compress;
 mod cor;
@@ -33,6 +34,7 @@ pub const ALL: &[DriverDef] = &[
     blkdebug::BLKDEBUG,
     blklogwrites::BLKLOGWRITES,
     blkverify::BLKVERIFY,
+    cache::CACHE,
     compress::COMPRESS,
     cor::COPY_ON_READ,
     file::FILE,

@@ -143,3 +143,62 @@ fn host_device_buffered_and_direct() {
         check(&DriverCase { discarded: Discarded::Anything, ..case });
     }
 }
+
+/// A cache over `image`, with room for few blocks, so that they come and go; `swap` is there for those who want it.
+fn cache_case(name: &str, more: Value) -> DriverCase {
+    let case = DriverCase::new(
+        name,
+        registry(),
+        SIZE,
+        |dir| {
+            for (name, len) in [("image", SIZE), ("swap", 256 << 10)] {
+                let file = std::fs::File::create_new(dir.join(name)).map_err(|e| e.to_string())?;
+                file.set_len(len).map_err(|e| e.to_string())?;
+            }
+            Ok(())
+        },
+        move |dir| {
+            let file = |name: &str| json!({"driver": "file", "filename": dir.join(name).to_str().unwrap()});
+            let mut options =
+                json!({"driver": "cache", "size": 200 << 10, "block-size": 4096, "discard": "unmap"});
+            let members = options.as_object_mut().unwrap();
+            members.insert("file".into(), file("image"));
+            members.extend(more.as_object().unwrap().clone());
+            if members.get("swap").is_some() {
+                let mut swap = file("swap");
+                swap["read-only"] = json!(false);
+                members.insert("swap".into(), swap);
+            }
+            options
+        },
+    );
+    DriverCase { resizable: true, discarded: Discarded::Anything, ..case }
+}
+
+#[test]
+fn cache_written_through() {
+    check(&cache_case("cache", json!({})));
+}
+
+#[test]
+fn cache_written_back() {
+    check(&cache_case("cache mode=writeback", json!({"mode": "writeback", "block-size": 16384})));
+}
+
+#[test]
+fn cache_with_a_swap_node() {
+    check(&cache_case(
+        "cache mode=writeback swap=",
+        json!({"mode": "writeback", "size": 64 << 10, "swap": "there"}),
+    ));
+}
+
+#[test]
+fn cache_that_reads_pass() {
+    check(&cache_case("cache reads=bypass", json!({"mode": "writeback", "reads": "bypass"})));
+}
+
+#[test]
+fn cache_without_memory() {
+    check(&cache_case("cache size=0", json!({"size": 0})));
+}

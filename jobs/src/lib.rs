@@ -11,6 +11,7 @@
 //! | [`copy`] | the copy engine |
 //! | [`check`] | checking an image that is in use |
 //! | [`create`] | creating images |
+//! | [`warm`] | filling caches |
 //! | [`job`] | states, verbs, groups, queries and events |
 
 #![forbid(unsafe_code)]
@@ -21,6 +22,7 @@ pub mod copy;
 pub mod create;
 pub mod hold;
 pub mod job;
+pub mod warm;
 
 pub use control::Control;
 pub use hold::Hold;

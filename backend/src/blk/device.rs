@@ -89,6 +89,8 @@ pub struct BlkDevice {
     config: DeviceConfig,
     channel: Channel,
     queues: Vec<Queue>,
+    /// Requests each queue has taken, for the queries. A queue's iothread alone writes its own.
+    taken: Vec<AtomicU64>,
     /// Features acknowledged by the present driver.
     acked: AtomicU64,
     /// Set by the main thread before it asks the iothreads to pause. A queue that starts meanwhile reads it on its
@@ -133,6 +135,7 @@ impl BlkDevice {
             .collect();
         Arc::new(BlkDevice {
             name,
+            taken: (0..config.options().num_queues).map(|_| AtomicU64::new(0)).collect(),
             config,
             channel: Channel::default(),
             queues,
@@ -272,6 +275,25 @@ impl BlkDevice {
             self.config.set_capacity(bytes);
             self.channel.config_changed();
         }
+    }
+
+    /// Which queue a worker of this key serves.
+    pub fn queue_of(&self, key: u64) -> usize {
+        self.queues.iter().position(|q| q.key == key).unwrap_or(0)
+    }
+
+    /// A queue has taken requests. Called on its iothread.
+    #[inline]
+    pub fn note_taken(&self, queue: usize, count: u64) {
+        if let Some(taken) = self.taken.get(queue) {
+            // One writer: a locked addition would be wasted.
+            taken.store(taken.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+        }
+    }
+
+    /// Per queue: how many requests it has taken since the export was added.
+    pub fn taken(&self) -> Vec<u64> {
+        self.taken.iter().map(|t| t.load(Ordering::Relaxed)).collect()
     }
 
     /// Per queue: the id of its iothread.

@@ -89,6 +89,8 @@ struct Inner {
 pub struct QueueWorker {
     local: Local,
     source: Cell<Option<SourceId>>,
+    /// Which of the device's queues it serves.
+    nth: usize,
     device: Arc<BlkDevice>,
     me: Weak<QueueWorker>,
     inner: RefCell<Inner>,
@@ -133,6 +135,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     let worker = Rc::new_cyclic(|me| QueueWorker {
         local: local.clone(),
         source: Cell::new(None),
+        nth: device.queue_of(key),
         me: me.clone(),
         inner: RefCell::new(Inner {
             queue,
@@ -566,6 +569,7 @@ impl Source for QueueWorker {
         }
         drop(inner);
         self.local.note_requests(count);
+        self.device.note_taken(self.nth, count);
         if let Some(why) = error {
             self.fail(&why);
         }

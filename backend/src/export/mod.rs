@@ -53,6 +53,8 @@ pub struct BlockExportInfo {
     pub connected: bool,
     /// For each queue the id of the iothread that serves it.
     pub iothreads: Vec<String>,
+    /// For each queue how many requests it has taken since the export was added.
+    pub queue_requests: Vec<u64>,
 }
 
 /// What exports need of the process.
@@ -369,6 +371,7 @@ impl Export {
             shutting_down: self.closing.get(),
             connected: self.connection.borrow().is_some(),
             iothreads: self.device.placement(),
+            queue_requests: self.device.taken(),
         }
     }
 

@@ -25,6 +25,8 @@ pub enum JobType {
     Amend,
     /// Checks an image's metadata.
     Check,
+    /// Reads ranges for the caches on the way.
+    Warm,
 }
 
 /// Where the last failed request of a job has left it.

@@ -10,6 +10,7 @@ mod picture;
 mod snapshot;
 mod surgery;
 mod transaction;
+mod warm;
 
 use std::rc::Rc;
 
@@ -32,6 +33,7 @@ pub fn table(registry: &graph::Registry) -> Rc<CommandTable<State>> {
     picture::register(&mut commands);
     surgery::register(&mut commands, registry);
     transaction::register(&mut commands);
+    warm::register(&mut commands);
     commands.finish()
 }
 

@@ -13,10 +13,14 @@ pub fn snapshot(client: &mut qmp::Client) -> Value {
         let kept = ["id", "thread-id", "poll-max-ns", "poll-grow", "poll-shrink", "aio-max-batch"];
         thread.as_object_mut().unwrap().retain(|name, _| kept.contains(&name.as_str()));
     }
+    let mut exports = ask("query-block-exports");
+    for export in exports.as_array_mut().unwrap() {
+        export.as_object_mut().unwrap().remove("queue-requests");
+    }
     json!({
         "graph": ask("x-debug-query-block-graph"),
         "nodes": ask("query-named-block-nodes"),
-        "exports": ask("query-block-exports"),
+        "exports": exports,
         "iothreads": iothreads,
     })
 }
