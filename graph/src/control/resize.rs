@@ -45,7 +45,9 @@ impl Graph {
             return Err(e);
         }
         let how = Truncate::default();
-        let result = self.on_iothread(id, move |io| async move { io.truncate(size, how).await }).await;
+        let result = self
+            .on_iothread_with(id, Perm::RESIZE, move |io| async move { io.truncate(size, how).await })
+            .await;
         // Also after an error: half of it may have happened.
         self.propagate_size(id);
         hold.detach().await;
