@@ -73,7 +73,7 @@ pub enum ObjectOptions {
     /// A passphrase or key.
     Secret(SecretProperties),
     /// Limits that several throttle nodes keep together.
-    ThrottleGroup(ThrottleGroupProperties),
+    ThrottleGroup(Box<ThrottleGroupProperties>),
 }
 
 /// What `query-iothreads` tells, per iothread: QEMU's members, and how busy it has been.

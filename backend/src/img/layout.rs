@@ -463,6 +463,7 @@ impl Format {
         let set_aside = options.get("preallocation").is_some_and(|mode| mode != "off")
             || options.get("data-file-raw").is_some_and(|raw| raw != "off");
         let ciphered = options.0.keys().any(|name| name.starts_with("encrypt."));
-        !noise && !on_device && !(set_aside && ciphered)
+        let unclear = noise || on_device || (set_aside && ciphered);
+        !unclear
     }
 }

@@ -3,7 +3,7 @@
 //! Used by `log` and `open`. Must not know nodes.
 
 /// What a superblock begins with.
-const MAGIC: u64 = 0x6a73_6677_7368_72;
+const MAGIC: u64 = 0x006a_7366_7773_6872;
 /// The only version.
 const VERSION: u64 = 1;
 /// Bytes of an entry without its padding; a superblock is shorter.

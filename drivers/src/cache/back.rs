@@ -149,7 +149,7 @@ impl Cache {
                     return Ok(index + 1);
                 }
                 if let Some(claim) = self.claim_if(table, index, Hold::Shared, dirty_in_memory) {
-                    Some(claim).map(Ok)
+                    Some(Ok(claim))
                 } else {
                     self.claim_if(table, index, Hold::Alone, |b| matches!(b.place, Place::Swap(_))).map(Err)
                 }
@@ -167,10 +167,12 @@ impl Cache {
     }
 }
 
+/// A future until it has ended, its result from then on.
+type Running<F, T> = (Option<Pin<Box<F>>>, Option<T>);
+
 /// Runs futures side by side to their ends; the results in their order.
 async fn join<T, F: Future<Output = T>>(futures: Vec<F>) -> Vec<T> {
-    let mut running: Vec<(Option<Pin<Box<F>>>, Option<T>)> =
-        futures.into_iter().map(|f| (Some(Box::pin(f)), None)).collect();
+    let mut running: Vec<Running<F, T>> = futures.into_iter().map(|f| (Some(Box::pin(f)), None)).collect();
     poll_fn(|cx| {
         let mut pending = false;
         for (future, result) in &mut running {

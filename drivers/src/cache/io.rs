@@ -200,7 +200,8 @@ impl Driver for CacheNode {
                 return Ok(BlockStatus { flags, len, location: None });
             }
             let below = io.child(FILE).block_status(offset, len).await?;
-            let flags = below.flags - StatusFlags::EOF - StatusFlags::COMPRESSED | StatusFlags::OFFSET_VALID;
+            let flags =
+                (below.flags - StatusFlags::EOF - StatusFlags::COMPRESSED) | StatusFlags::OFFSET_VALID;
             let location = Some(Location::Child { child: FILE, offset });
             Ok(BlockStatus { flags, len: below.len, location })
         })

@@ -103,7 +103,7 @@ pub(crate) struct Qcow2 {
     /// Dirty bitmaps, those in the image and those of the node.
     pub(crate) bitmaps: Bitmaps,
     /// The claim on the snapshot that is shown, where it is not the disk as it is now.
-    pub(crate) _reading: Option<Pin>,
+    pub(crate) reading: Option<Pin>,
     /// Such a node, on a file node that another one may be writing through.
     pub(crate) beside_writer: bool,
 }

@@ -174,7 +174,7 @@ pub(super) async fn open(cx: OpenContext, value: Value) -> Result<Opened> {
         decoded: Default::default(),
         snapshots: Mutex::new(image.snapshots),
         bitmaps: bitmap::Bitmaps::new(set, directory),
-        _reading: reading,
+        reading,
         beside_writer,
     };
     Ok(Opened::new(node).read_only(fell_back))

@@ -219,6 +219,7 @@ impl Qcow2 {
             snapshots: Mutex::new(image.snapshots),
             bitmaps: Bitmaps::new(cx.bitmaps(), self.bitmap_directory()),
             reading: None,
+            beside_writer: self.beside_writer,
         })
     }
 

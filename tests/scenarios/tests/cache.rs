@@ -72,7 +72,7 @@ fn it_is_reopened_and_turned_off_while_a_guest_writes() {
     disk.write(0, &[1; 4096]).unwrap();
     assert_eq!(stat(&mut rig, "dirty-blocks"), 1);
     assert_eq!(&std::fs::read(&path).unwrap()[..4096], [0; 4096], "in memory alone");
-    let mut reopen = |rig: &mut Rig, more: Value| {
+    let reopen = |rig: &mut Rig, more: Value| {
         let mut options = json!({"driver": "cache", "node-name": "c", "file": "f"});
         options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         rig.qmp.execute("blockdev-reopen", json!({"options": [options]})).map_err(|e| e.to_string())

@@ -307,7 +307,7 @@ impl Walked {
                 let (index, cluster) = (self.below(64), self.below(1000) + 100);
                 let entry = match self.below(4) {
                     0 => 0,
-                    1 => crate::qcow2::format::COMPRESSED | (cluster << 16) + 0xff00 | 3 << 54,
+                    1 => crate::qcow2::format::COMPRESSED | ((cluster << 16) + 0xff00) | (3 << 54),
                     2 => cluster << 16,
                     _ => cluster << 16 | COPIED,
                 };

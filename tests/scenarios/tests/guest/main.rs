@@ -6,7 +6,6 @@
 
 mod boot;
 mod qcow2;
-mod surgery;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
