@@ -34,7 +34,7 @@ fn work(disk: &mut Disk, requests: usize, seed: u64) -> Vec<u8> {
     let mut content = vec![0u8; SIZE];
     let mut rng = Rng::new(seed);
     let mut flying: Vec<(client::disk::Token, usize, bool)> = Vec::new();
-    let mut finish = |disk: &mut Disk, content: &[u8], at: usize, flying: &mut Vec<_>| {
+    let finish = |disk: &mut Disk, content: &[u8], at: usize, flying: &mut Vec<_>| {
         let (token, block, reads): (client::disk::Token, usize, bool) = flying.swap_remove(at);
         let done = disk.wait(token).unwrap();
         assert_eq!(done.status, status::OK, "block {block}, a read: {reads}");
