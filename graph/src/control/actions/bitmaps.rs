@@ -59,7 +59,11 @@ impl std::fmt::Debug for Marks {
 }
 
 impl Marks {
-    fn of(bitmap: &Bitmap) -> Result<Marks> {
+    fn of(cx: &mut ActionContext, bitmap: &Bitmap) -> Result<Marks> {
+        if bitmap.count() == 0 {
+            return Ok(Marks(Vec::new()));
+        }
+        cx.keep(bitmap.serialised_len())?;
         let mut bytes = vec![0; usize::try_from(bitmap.serialised_len()).unwrap_or(usize::MAX)];
         bitmap.serialise(0, &mut bytes)?;
         Ok(Marks(bytes))
@@ -67,7 +71,7 @@ impl Marks {
 
     fn restore(&self, bitmap: &Bitmap) -> Result<()> {
         bitmap.clear_all();
-        bitmap.deserialise(0, &self.0)
+        if self.0.is_empty() { Ok(()) } else { bitmap.deserialise(0, &self.0) }
     }
 }
 
@@ -94,7 +98,7 @@ impl Action for BitmapClearAction {
     fn prepare<'a>(&'a mut self, cx: &'a mut ActionContext) -> BoxFut<'a, ()> {
         Box::pin(async move {
             let (_, bitmap) = cx.graph().bitmap(&self.node, &self.name)?;
-            let before = Marks::of(&bitmap)?;
+            let before = Marks::of(cx, &bitmap)?;
             cx.graph().bitmap_clear(&self.node, &self.name).await?;
             self.before = Some(before);
             Ok(())
@@ -171,7 +175,8 @@ impl Action for BitmapMergeAction {
 
     fn prepare<'a>(&'a mut self, cx: &'a mut ActionContext) -> BoxFut<'a, ()> {
         Box::pin(async move {
-            let before = Marks::of(&cx.graph().bitmap(&self.node, &self.target)?.1)?;
+            let (_, target) = cx.graph().bitmap(&self.node, &self.target)?;
+            let before = Marks::of(cx, &target)?;
             cx.graph().bitmap_merge(&self.node, &self.target, &self.sources).await?;
             self.before = Some(before);
             Ok(())

@@ -11,7 +11,7 @@ mod simple;
 use super::change::{Apply, Change, is_orphan};
 use super::{Graph, State, perms};
 use crate::driver::BoxFut;
-use crate::error::Result;
+use crate::error::{BlockError, Errno, Result};
 use crate::ids::NodeId;
 use crate::transaction::Transaction;
 
@@ -20,6 +20,9 @@ pub use bitmaps::{
 };
 pub use overlay::{NewOverlay, OverlayMode, SnapshotAction, SnapshotSyncAction};
 pub use simple::{AbortAction, InternalSnapshotAction};
+
+/// Most memory one transaction sets aside for the content of bitmaps before it, bytes.
+const MAX_KEPT: u64 = 1 << 30;
 
 /// One action of a transaction. In order: [`Action::ready`]; then, with the users of all nodes stopped,
 /// [`Action::prepare`]; then [`Action::commit`], or, if any action was refused, [`Action::abort`] (last action first, for
@@ -60,6 +63,8 @@ pub struct ActionContext {
     graph: Graph,
     tran: Option<Transaction<State>>,
     touched: Vec<NodeId>,
+    /// Memory that is left to keep what can be taken back, bytes.
+    room: u64,
 }
 
 impl ActionContext {
@@ -79,6 +84,21 @@ impl ActionContext {
         let result = changes.iter().try_for_each(|c| apply.apply(c));
         self.touched.append(&mut apply.touched);
         result
+    }
+
+    /// Memory to keep something that may have to be put back, bytes.
+    ///
+    /// # Errors
+    /// The actions together would keep more than [`MAX_KEPT`].
+    fn keep(&mut self, bytes: u64) -> Result<()> {
+        let left = self.room.checked_sub(bytes).ok_or_else(|| {
+            BlockError::new(
+                Errno::ENOMEM,
+                format!("The actions change more than {MAX_KEPT} bytes of bitmaps: use several transactions"),
+            )
+        })?;
+        self.room = left;
+        Ok(())
     }
 
     /// Commits or takes back the changes of the graph.
@@ -161,8 +181,12 @@ impl Graph {
 
     /// Prepares all actions and changes the graph.
     async fn act(&self, actions: &mut [Box<dyn Action>]) -> Result<()> {
-        let mut cx =
-            ActionContext { graph: self.clone(), tran: Some(Transaction::new()), touched: Vec::new() };
+        let mut cx = ActionContext {
+            graph: self.clone(),
+            tran: Some(Transaction::new()),
+            touched: Vec::new(),
+            room: MAX_KEPT,
+        };
         let sizes = self.root_sizes();
         let mut result = Ok(());
         for action in actions {

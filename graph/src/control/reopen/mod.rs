@@ -90,7 +90,18 @@ impl Graph {
         self.reopen_by(|state| state.plan_reopen(list)).await
     }
 
-    /// Makes a node and what was defined inside it read-only, or writable, and leaves all else.
+    /// Makes a node and what was defined inside it read-only, or writable, and leaves all else: for jobs that write to what was
+    /// a backing file.
+    ///
+    /// # Errors
+    /// No such node, somebody who writes, or what the drivers say. Nothing has changed then.
+    pub async fn set_read_only(&self, name: &str, read_only: bool) -> Result<()> {
+        let _turn = self.inner.surgery.lock().await;
+        let id = self.state().find(name).ok_or_else(|| super::no_such_node(name))?;
+        self.reopen_read_only(id, read_only).await
+    }
+
+    /// The same for whoever has its turn already.
     pub(crate) async fn reopen_read_only(&self, id: NodeId, read_only: bool) -> Result<()> {
         self.reopen_by(|state| {
             let mut config = state.slot(id)?.config.clone();

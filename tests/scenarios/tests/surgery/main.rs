@@ -6,6 +6,7 @@ mod refusals;
 mod reopen;
 mod snapshots;
 mod stress;
+mod transactions;
 
 use std::process::Command;
 
