@@ -195,7 +195,7 @@ fn another_name_of_the_backing_file_is_what_qemu_reads() {
         let open = Open::new(node(Path::new(&top)));
         let (n, f) = (name.clone(), format.clone());
         open.on(move |io| async move {
-            let node = std::sync::Arc::clone(io.node().unwrap().driver());
+            let node = io.node().unwrap().driver();
             node.change_backing_file(&io, n, f).await.unwrap();
         });
         // What is in the image is told at once, without opening it again.
