@@ -133,8 +133,8 @@ impl CreateContext {
         F: FnOnce(NodeIo) -> Fut + Send + 'static,
         Fut: Future<Output = Result<R>> + 'static,
     {
-        let node = self.child(index)?;
-        self.graph.on_iothread(node.id(), work).await
+        let root = self.root(index)?;
+        self.graph.on_iothread_with(root.node()?.id(), root.perm(), work).await
     }
 
     /// Changes the size of a node that is held with RESIZE and used by nobody else, and tells the graph.
@@ -142,9 +142,11 @@ impl CreateContext {
     /// # Errors
     /// What the driver says.
     pub async fn truncate(&self, index: usize, size: u64, how: crate::driver::Truncate) -> Result<()> {
-        let id = self.child(index)?.id();
+        let root = self.root(index)?;
+        let (id, perm) = (root.node()?.id(), root.perm());
         let guard = self.graph.drain_nodes(vec![id]).await;
-        let result = self.graph.on_iothread(id, move |io| async move { io.truncate(size, how).await }).await;
+        let truncate = move |io: NodeIo| async move { io.truncate(size, how).await };
+        let result = self.graph.on_iothread_with(id, perm, truncate).await;
         self.graph.propagate_size(id);
         drop(guard);
         result

@@ -16,8 +16,13 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
+
+#[cfg(loom)]
+use loom::sync::Mutex;
+#[cfg(not(loom))]
+use std::sync::Mutex;
 
 use crate::driver::{BoxFut, Driver};
 use crate::node::Node;
@@ -85,6 +90,8 @@ pub(crate) struct SourceGate {
     fan: Arc<Fan>,
     /// What the source gets at the next resume; absent while its root is being attached or after it has gone.
     view: RefCell<Option<Arc<View>>>,
+    /// What it got at the last one. Not held: a source that has no use for it lets it go.
+    running: RefCell<Weak<View>>,
 }
 
 impl SourceGate {
@@ -95,6 +102,7 @@ impl SourceGate {
             state: RefCell::new(State::Running),
             fan: Arc::default(),
             view: RefCell::new(None),
+            running: RefCell::default(),
         }
     }
 
@@ -110,6 +118,20 @@ impl SourceGate {
     pub(crate) fn set_view(&self, view: Option<Arc<View>>) {
         let old = self.view.replace(view);
         drop(old);
+    }
+
+    /// What the source serves requests with, if it does: not while it is quiet.
+    pub(crate) fn running(&self) -> Option<Arc<View>> {
+        if self.is_quiet() { None } else { self.running.borrow().upgrade() }
+    }
+
+    /// Lets the source go on with the view of now.
+    pub(crate) fn start(&self) {
+        // Not borrowed across the call: the source may ask the graph things.
+        if let Some(view) = self.view() {
+            *self.running.borrow_mut() = Arc::downgrade(&view);
+            self.source.resume(view);
+        }
     }
 
     pub(crate) fn depth(&self) -> usize {
@@ -193,11 +215,7 @@ impl SourceGate {
         }
         let old = self.state.replace(State::Running);
         drop(old);
-        // Not borrowed across the call: the source may ask the graph things.
-        let view = self.view();
-        if let Some(view) = view {
-            self.source.resume(view);
-        }
+        self.start();
     }
 }
 

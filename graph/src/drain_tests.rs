@@ -89,6 +89,8 @@ fn run_schedule(programs: &[&[usize]], sources: usize, drops: usize, choose: &mu
                 gate,
                 stay_at_node: false,
                 opening: false,
+                shared: std::cell::Cell::new(crate::Perm::ALL),
+                ways_out: crate::WaysOut::default(),
             })
         })
         .collect();

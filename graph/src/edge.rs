@@ -3,6 +3,7 @@
 //! Owned by the control side alone. A *root* is an edge whose parent is not a node: an export, a job, a node that is still
 //! being opened.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use crate::drain::SourceGate;
@@ -29,6 +30,20 @@ pub(crate) struct RootInfo {
     pub(crate) stay_at_node: bool,
     /// A node that is being opened holds its children by such roots; they are no users of their own.
     pub(crate) opening: bool,
+    /// What it lets others do, wherever it is attached; on a node with force-share its edge shares everything.
+    pub(crate) shared: Cell<Perm>,
+    /// See [`WaysOut`].
+    pub(crate) ways_out: WaysOut,
+}
+
+/// What the owner of a root can do about a conflict over permissions, in the imperative and without a full stop, for the end
+/// of the message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WaysOut {
+    /// How it shares what it does not: `use share-rw=on on block export 'a'`. `None`: its end must be waited for.
+    pub share: Option<String>,
+    /// How it does with less: `use writable=off on block export 'a'`. `None`: it does not.
+    pub need_less: Option<String>,
 }
 
 /// One edge.
@@ -63,6 +78,8 @@ pub struct RootOptions {
     pub granularity: u32,
     /// The user keeps this node when others are moved to a replacement (jobs).
     pub stay_at_node: bool,
+    /// What messages advise when this user stands against another one.
+    pub ways_out: WaysOut,
 }
 
 impl RootOptions {
@@ -76,6 +93,7 @@ impl RootOptions {
             shared: Perm::ALL,
             granularity: 1,
             stay_at_node: false,
+            ways_out: WaysOut::default(),
         }
     }
 }

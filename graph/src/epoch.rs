@@ -200,7 +200,10 @@ impl Epochs {
         let mut list = lock(&self.participants);
         // Those of views that are no longer used by their thread have nothing under way.
         list.retain(|p| Arc::strong_count(p) > 1);
-        list.push(Arc::clone(&stays.participant));
+        // A view may know a node twice.
+        if !list.iter().any(|p| Arc::ptr_eq(p, &stays.participant)) {
+            list.push(Arc::clone(&stays.participant));
+        }
     }
 
     /// Call after the unlink is visible in memory (any store will do, no fence is needed).

@@ -44,6 +44,7 @@ mod pins;
 mod reopen;
 mod role;
 mod secret;
+mod standing;
 pub mod stats;
 mod transaction;
 mod view;
@@ -66,7 +67,7 @@ pub use driver::{
     BlockStatus, BoxFut, Driver, DriverDef, DriverInfo, DriverKind, Limits, Location, Map, Op, OpenContext,
     Opened, OverlayPlace, Prealloc, Registry, StatusFlags, Truncate, WriteFlags, ZeroFlags, not_supported,
 };
-pub use edge::RootOptions;
+pub use edge::{RootOptions, WaysOut};
 pub use epoch::{Epochs, Stay, Stays, Ticket};
 pub use error::{BlockError, Errno, ErrorKind, Result};
 pub use events::{EventSink, GraphEvent, NodeEvents, QuorumOp};
@@ -83,5 +84,6 @@ pub use pins::{Pin, Pins};
 pub use reopen::{Reopen, ReopenContext, Replacement, cannot_change, refuse_changes};
 pub use role::Roles;
 pub use secret::{Secret, Secrets};
+pub use standing::Standing;
 pub use stats::ShardSet;
 pub use view::{MAX_HOPS, PATH_NODES, Path, Resolved, Target, View, ViewNode};

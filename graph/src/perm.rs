@@ -26,6 +26,8 @@ impl Perm {
     pub const NONE: Perm = Perm::empty();
     /// All four.
     pub const ALL: Perm = Perm::all();
+    /// Those that change anything: what a read-only node grants to nobody.
+    pub const MODIFIES: Perm = Perm::WRITE.union(Perm::WRITE_UNCHANGED).union(Perm::RESIZE);
 
     /// The names QEMU uses in its messages, comma separated.
     pub fn names(self) -> String {

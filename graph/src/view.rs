@@ -14,6 +14,7 @@ use crate::error::Errno;
 use crate::io::NodeIo;
 use crate::node::Node;
 use crate::options::{DetectZeroes, DiscardOption, NodeOptions};
+use crate::perm::Perm;
 use crate::stats::ShardSet;
 
 /// Longest way [`View::resolve`] follows; a longer one is driven.
@@ -97,7 +98,9 @@ pub struct Resolved<'a> {
     pub path: Path,
 }
 
-/// A node as one view sees it. What `resolve` reads comes first, in one cache line.
+/// A node as one view sees it *through one handle*: what a user of the handle may do is part of it, so that whoever
+/// reaches the node this way cannot do more. A node that is reached by edges with different permissions is there once for
+/// each. What `resolve` reads comes first, in one cache line.
 #[repr(C, align(64))]
 pub struct ViewNode {
     driver: Arc<dyn Driver>,
@@ -112,6 +115,8 @@ pub struct ViewNode {
     // Up to here: the hot part.
     refuse: u8,
     ignore: u8,
+    /// What the edges (or the root) that lead here hold, as far as it changes anything.
+    handle: Perm,
     limits: Limits,
     options: NodeOptions,
     children: Box<[u32]>,
@@ -119,13 +124,16 @@ pub struct ViewNode {
 }
 
 impl ViewNode {
-    /// `may_misalign`: some user sends this node requests below its alignment (see `io::tracked`).
-    pub(crate) fn new(node: Arc<Node>, children: Box<[u32]>, may_misalign: bool) -> ViewNode {
+    /// `may_misalign`: some user sends this node requests below its alignment (see `io::tracked`). `handle`: what whoever
+    /// comes this way holds on the node.
+    pub(crate) fn new(node: Arc<Node>, children: Box<[u32]>, may_misalign: bool, handle: Perm) -> ViewNode {
         let options = node.options();
         let driver = node.driver();
         let limits = driver.limits().sane();
         let modifying = Op::Write.bit() | Op::WriteZeroes.bit() | Op::Discard.bit();
-        let refuse = if options.refuses_writes() { modifying } else { 0 };
+        // The permission costs requests nothing: it is one more reason for a bit that they look at anyway.
+        let handle = if options.refuses_writes() { Perm::NONE } else { handle & Perm::MODIFIES };
+        let refuse = if handle.contains(Perm::WRITE) { 0 } else { modifying };
         let mut ignore = 0;
         if options.discard == DiscardOption::Ignore {
             ignore |= Op::Discard.bit();
@@ -157,6 +165,7 @@ impl ViewNode {
             first: [child(0), child(1)],
             refuse,
             ignore,
+            handle,
             limits,
             options,
             children,
@@ -197,6 +206,11 @@ impl ViewNode {
     /// Child slots, empty ones included.
     pub fn child_slots(&self) -> usize {
         self.children.len()
+    }
+
+    /// How a user of this handle may change the node: not at all if it is read-only. Reading is open to everyone.
+    pub fn handle(&self) -> Perm {
+        self.handle
     }
 
     pub(crate) fn refuses(&self, op: Op) -> bool {
@@ -245,9 +259,9 @@ impl View {
         self.nodes[0].driver.size()
     }
 
-    /// Whether the root refuses writes.
+    /// Whether the root refuses writes: because of the node, or because its user does not hold the permission.
     pub fn read_only(&self) -> bool {
-        self.nodes[0].options.read_only
+        self.nodes[0].refuses(Op::Write)
     }
 
     /// Limits of the root together with everything below. A source that uses the fast path looks after

@@ -5,10 +5,10 @@
 //! `vhost-user-backend`'s device trait, so that it also runs under the stock daemon (`stock`).
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use graph::{BoxFut, RequestSource, View};
+use graph::{BoxFut, RequestSource, Standing, View};
 use host::IoThread;
 use ring::{Kick, Memory, Notifier, RingAddresses, Tracker};
 use vhost_user_backend::{VringMutex, VringT};
@@ -83,7 +83,7 @@ struct Queue {
     key: u64,
 }
 
-/// See the module's words. Locks: `view` and `stock` are leaves.
+/// See the module's words. Locks: `stock` is a leaf.
 pub struct BlkDevice {
     name: String,
     config: DeviceConfig,
@@ -91,12 +91,8 @@ pub struct BlkDevice {
     queues: Vec<Queue>,
     /// Features acknowledged by the present driver.
     acked: AtomicU64,
-    /// Set by the main thread before it asks the iothreads to pause. A queue that starts meanwhile reads it on its
-    /// iothread: either it sees the flag, or its start was queued before the request to pause, which then finds it.
-    /// SeqCst, with the same flag's clearing in `resume`.
-    quiesced: AtomicBool,
-    /// What new queues serve from; the graph gives it before the export listens, and takes it back at the end.
-    view: Mutex<Option<Arc<View>>>,
+    /// How queues start that start now. The graph gives the view before the export listens, and takes it back at the end.
+    standing: Standing<Arc<View>>,
     last_report: AtomicU64,
     errors: ErrorSink,
     /// Rings as the stock daemon handed them over.
@@ -109,11 +105,6 @@ impl std::fmt::Debug for BlkDevice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("BlkDevice").field("name", &self.name).field("queues", &self.queues.len()).finish()
     }
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What these locks guard is replaced whole, so a panicking holder leaves nothing half done.
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BlkDevice {
@@ -137,8 +128,7 @@ impl BlkDevice {
             channel: Channel::default(),
             queues,
             acked: AtomicU64::new(0),
-            quiesced: AtomicBool::new(true),
-            view: Mutex::default(),
+            standing: Standing::new(),
             last_report: AtomicU64::new(0),
             errors,
             stock: Mutex::default(),
@@ -170,18 +160,14 @@ impl BlkDevice {
         self.acked.store(features, Ordering::Relaxed);
     }
 
-    /// Whether queues must not take requests now.
-    pub(super) fn quiesced(&self) -> bool {
-        self.quiesced.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn view(&self) -> Option<Arc<View>> {
-        lock(&self.view).clone()
+    /// How a queue starts: whether paused, and with which view. Asked on its iothread.
+    pub(super) fn join(&self) -> Option<(bool, Arc<View>)> {
+        self.standing.join()
     }
 
     /// The export ends: no ring runs any more, the nodes may go.
     pub fn release_view(&self) {
-        *lock(&self.view) = None;
+        self.standing.end();
     }
 
     /// Reports an error, unless one was reported a moment ago.
@@ -285,7 +271,7 @@ pub struct DeviceSource(pub Arc<BlkDevice>);
 
 impl RequestSource for DeviceSource {
     fn quiesce(&self) -> BoxFut<'_, ()> {
-        self.0.quiesced.store(true, Ordering::SeqCst);
+        self.0.standing.stop();
         let pauses: Vec<_> = self
             .0
             .queues
@@ -303,8 +289,7 @@ impl RequestSource for DeviceSource {
     }
 
     fn resume(&self, view: Arc<View>) {
-        *lock(&self.0.view) = Some(view.clone());
-        self.0.quiesced.store(false, Ordering::SeqCst);
+        self.0.standing.go(view.clone());
         for q in &self.0.queues {
             let (view, key) = (view.clone(), q.key);
             q.iothread.post(move |_| {

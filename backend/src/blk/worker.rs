@@ -125,10 +125,7 @@ pub fn start(local: &Local, key: u64, device: Arc<BlkDevice>, setup: RingSetup) 
     }
     // Taken from the end.
     again.reverse();
-    // The flag first: a resume sets the view before it clears the flag. The other way round, a start between the two would
-    // serve the graph of before the pause, unpaused, until the resume's message arrives.
-    let quiesced = device.quiesced();
-    let Some(view) = device.view() else { return Err("the export is going away".into()) };
+    let Some((quiesced, view)) = device.join() else { return Err("the export is going away".into()) };
     let pinned = pin(local, &device, &memory);
     let worker = Rc::new_cyclic(|me| QueueWorker {
         local: local.clone(),

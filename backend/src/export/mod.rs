@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use graph::{Graph, Perm, Root, RootOptions};
+use graph::{Graph, Perm, Root, RootOptions, WaysOut};
 use host::IoThread;
 use host::exec::MainRemote;
 use qmp::QmpError;
@@ -236,7 +236,12 @@ impl Export {
         let device = BlkDevice::new(o.id.clone(), config, &iothreads, host.error_sink(&o.id));
         let listener = ExportSocket::open(&o.addr, inherited)?;
         let source = Rc::new(DeviceSource(device.clone()));
-        let root = RootOptions { perm, shared, granularity, ..RootOptions::new(description, false) };
+        let ways_out = WaysOut {
+            share: Some(format!("use share-rw=on on {description}")),
+            need_less: o.writable.then(|| format!("use writable=off on {description}")),
+        };
+        let root =
+            RootOptions { perm, shared, granularity, ways_out, ..RootOptions::new(description, false) };
         let root = attach(host, &o.node_name, root, source).await.map_err(crate::daemon::errors::block)?;
         Ok(Rc::new(Export {
             id: o.id,

@@ -49,6 +49,8 @@ struct State {
     held: PermPair,
     /// What the bytes say now: wider than `held` between prepare and its end.
     locked: PermPair,
+    /// Bytes that could not be given back: tried again with the next that are.
+    stuck: Vec<u64>,
 }
 
 /// The lock bytes of one node.
@@ -72,7 +74,10 @@ fn bytes(pair: PermPair) -> impl Iterator<Item = u64> {
 impl<F: LockBytes> Locks<F> {
     /// Nothing locked. Without a file nothing ever is.
     pub(super) fn new(file: Option<F>) -> Locks<F> {
-        Locks { file, state: Mutex::new(State { held: PermPair::IDLE, locked: PermPair::IDLE }) }
+        Locks {
+            file,
+            state: Mutex::new(State { held: PermPair::IDLE, locked: PermPair::IDLE, stuck: Vec::new() }),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -116,7 +121,7 @@ impl<F: LockBytes> Locks<F> {
             give_back(new, &mut to, PermPair::IDLE);
             return Err(e);
         }
-        *to = State { held, locked };
+        *to = State { held, locked, stuck: Vec::new() };
         give_back(old, &mut from, PermPair::IDLE);
         from.held = PermPair::IDLE;
         Ok(())
@@ -172,19 +177,50 @@ fn check<F: LockBytes>(file: &F, new: PermPair, path: &str) -> Result<()> {
             Ok(true) => Ok(()),
             Ok(false) => Err(BlockError::new(
                 Errno::EAGAIN,
-                format!("{}\nIs another process using the image [{path}]?", what()),
+                format!(
+                    "{}\nIs another process using the image [{path}]?\nWay out: {}.",
+                    what(),
+                    way_out(byte, bit)
+                ),
             )),
             Err(e) => Err(BlockError::io(what(), e)),
         }
     })
 }
 
+/// What helps against somebody who holds `byte`, for the end of the message. Who it is the kernel does not tell.
+fn way_out(byte: u64, bit: Perm) -> &'static str {
+    match (byte < UNSHARED, bit) {
+        // They do not share what is needed here.
+        (false, Perm::WRITE) => {
+            "end the other process, or let it share writing (share-rw=on) if the image is raw, or use the image with \
+             read-only=on"
+        }
+        (false, _) => "end the other process",
+        // They do what is not shared here.
+        (true, Perm::WRITE) => {
+            "end the other process, or share writing with it (share-rw=on) if the image is raw, or read what it may \
+             be changing with read-only=on,force-share=on"
+        }
+        (true, _) => {
+            "end the other process, or read what it may be changing with read-only=on,force-share=on"
+        }
+    }
+}
+
 /// Unlocks what `locked` has beyond `keep`. An error leaves others locked out for longer than needed, which is no reason
 /// to fail anything.
 fn give_back<F: LockBytes>(file: &F, state: &mut State, keep: PermPair) {
-    for byte in bytes(state.locked).filter(|b| !bytes(keep).any(|k| k == *b)) {
+    let needed = |byte: &u64| bytes(keep).any(|k| k == *byte);
+    let mut unlock: Vec<u64> = std::mem::take(&mut state.stuck);
+    unlock.extend(bytes(state.locked));
+    unlock.retain(|b| !needed(b));
+    unlock.sort_unstable();
+    unlock.dedup();
+    for byte in unlock {
         if let Err(e) = file.unlock(byte) {
             log::warn!("cannot give back lock byte {byte}: {e}");
+            state.stuck.push(byte);
         }
     }
     state.locked = keep;

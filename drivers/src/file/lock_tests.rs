@@ -20,12 +20,14 @@ struct Opener {
     id: u32,
     table: Table,
     refuse: Rc<RefCell<Option<u64>>>,
+    /// A byte that cannot be given back.
+    keep: Rc<RefCell<Option<u64>>>,
     log: Rc<RefCell<Vec<String>>>,
 }
 
 impl Opener {
     fn new(id: u32, table: &Table) -> Opener {
-        Opener { id, table: table.clone(), refuse: Rc::default(), log: Rc::default() }
+        Opener { id, table: table.clone(), refuse: Rc::default(), keep: Rc::default(), log: Rc::default() }
     }
 
     fn held(&self) -> Vec<u64> {
@@ -45,6 +47,9 @@ impl LockBytes for Opener {
     }
     fn unlock(&self, byte: u64) -> io::Result<()> {
         self.log.borrow_mut().push(format!("-{byte}"));
+        if *self.keep.borrow() == Some(byte) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         if let Some(who) = self.table.0.borrow_mut().get_mut(&byte) {
             who.remove(&self.id);
         }
@@ -97,12 +102,14 @@ fn a_conflict_is_told_in_qemus_words_and_leaves_what_was_held() {
     locks.prepare(Perm::CONSISTENT_READ, Perm::ALL, "x").unwrap();
     locks.commit(Perm::CONSISTENT_READ, Perm::ALL);
     let e = locks.prepare(RW, Perm::ALL, "/img").unwrap_err();
-    assert_eq!(e.to_string(), "Failed to get \"write\" lock\nIs another process using the image [/img]?");
+    let words = "Failed to get \"write\" lock\nIs another process using the image [/img]?\nWay out: end the other process, or \
+                 let it share writing (share-rw=on) if the image is raw, or use the image with read-only=on.";
+    assert_eq!(e.to_string(), words);
     assert_eq!(e.errno(), Errno::EAGAIN);
     assert_eq!(opener.held(), [100]);
     let e = locks.prepare(Perm::CONSISTENT_READ, Perm::ALL - Perm::CONSISTENT_READ, "/img").unwrap_err();
-    let words = "Failed to get shared \"consistent read\" lock\nIs another process using the image [/img]?";
-    assert_eq!(e.to_string(), words);
+    let words = "Failed to get shared \"consistent read\" lock\nIs another process using the image [/img]?\nWay out: ";
+    assert!(e.to_string().starts_with(words), "{e}");
     assert_eq!(opener.held(), [100]);
 }
 
@@ -118,6 +125,36 @@ fn abort_restores() {
     assert_eq!(opener.held(), [101]);
     locks.abort();
     assert_eq!(opener.held(), [101], "a second abort changes nothing");
+}
+
+#[test]
+fn a_byte_that_cannot_be_given_back_fails_nothing_and_is_tried_again() {
+    let table = Table::default();
+    let opener = Opener::new(1, &table);
+    let locks = Locks::new(Some(opener.clone()));
+    locks.prepare(RW, Perm::ALL - Perm::WRITE, "x").unwrap();
+    locks.commit(RW, Perm::ALL - Perm::WRITE);
+    // In the middle of what is given back: the rest is given back all the same.
+    *opener.keep.borrow_mut() = Some(101);
+    locks.commit(Perm::CONSISTENT_READ, Perm::ALL);
+    assert_eq!(opener.held(), [100, 101]);
+    // What is held too long keeps others out, and is no obstacle here.
+    let other = Locks::new(Some(Opener::new(2, &table)));
+    let e = other.prepare(Perm::CONSISTENT_READ, Perm::ALL - Perm::WRITE, "x").unwrap_err();
+    assert_eq!(e.errno(), Errno::EAGAIN);
+    locks.prepare(RW, Perm::ALL, "x").unwrap();
+    locks.abort();
+    assert_eq!(opener.held(), [100, 101]);
+    locks.prepare(RW, Perm::ALL, "x").unwrap();
+    locks.commit(RW, Perm::ALL);
+    assert_eq!(opener.held(), [100, 101]);
+    locks.commit(Perm::CONSISTENT_READ, Perm::ALL);
+    assert_eq!(opener.held(), [100, 101]);
+    // Once it can be given back it is, with whatever comes next.
+    *opener.keep.borrow_mut() = None;
+    locks.commit(Perm::CONSISTENT_READ, Perm::ALL);
+    assert_eq!(opener.held(), [100]);
+    other.prepare(Perm::CONSISTENT_READ, Perm::ALL - Perm::WRITE, "x").unwrap();
 }
 
 #[test]

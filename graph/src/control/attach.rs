@@ -2,6 +2,7 @@
 //!
 //! Called by the process and by jobs. A root exists as long as its [`Root`].
 
+use std::cell::Cell;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -46,10 +47,13 @@ impl Graph {
             let id = find()?;
             let noticed = self.noticed(id, options.granularity);
             let quiet = self.state().roots_above(&noticed).iter().all(|r| r.gate.is_quiet());
-            if quiet {
+            if !quiet {
+                guards.push(self.drain_nodes(noticed).await);
+            } else if self.state().surplus_above(id).is_empty() {
                 break id;
+            } else {
+                self.recall(id).await;
             }
-            guards.push(self.drain_nodes(noticed).await);
         };
         let root = self.attach_drained(id, options, source)?;
         drop(guards);
@@ -113,17 +117,23 @@ impl Graph {
             gate: SourceGate::new(source),
             stay_at_node: options.stay_at_node,
             opening: false,
+            shared: Cell::new(options.shared),
+            ways_out: options.ways_out,
         });
         let id = {
             let state = &mut *self.state_mut();
-            let mut pair = PermPair { perm: options.perm, shared: options.shared };
-            if state.slot(node)?.node.options().force_share {
-                pair.shared = Perm::ALL;
-            }
+            let pair = PermPair { perm: options.perm, shared: options.shared };
             let id = EdgeId(state.fresh_id());
             let parent = Parent::Root(Rc::clone(&info));
-            let edge =
-                Edge { id, parent, child: node, name: options.name, roles: Roles::empty(), pair, frozen: Vec::new() };
+            let edge = Edge {
+                id,
+                parent,
+                child: node,
+                name: options.name,
+                roles: Roles::empty(),
+                pair,
+                frozen: Vec::new(),
+            };
             let mut tran = Transaction::new();
             add_edge(state, &mut tran, edge, None);
             let result = perms::refresh(state, &mut tran, &[node]);
@@ -134,10 +144,8 @@ impl Graph {
         self.adopt_into_drains();
         // Held by the handle from here on, whatever the source does.
         let root = Root { graph: self.clone(), id, info };
-        if root.info.gate.depth() == 0
-            && let Some(view) = root.info.gate.view()
-        {
-            root.info.gate.source().resume(view);
+        if root.info.gate.depth() == 0 {
+            root.info.gate.start();
         }
         Ok(root)
     }
@@ -154,9 +162,7 @@ impl Root {
     /// # Errors
     /// The node is gone (never, while this exists).
     pub fn node(&self) -> Result<Arc<Node>> {
-        let child = self.graph.state().edges.get(&self.id).map(|e| e.child);
-        let child = child.ok_or_else(|| BlockError::new(Errno::ENODEV, "The user is gone"))?;
-        self.graph.node_by_id(child)
+        self.graph.node_by_id(self.edge()?.0)
     }
 
     /// The view its source has, or will get at its next resume.
@@ -169,29 +175,54 @@ impl Root {
         self.info.gate.depth() > 0
     }
 
-    /// Changes what the user does and shares.
+    /// Changes what the user does and shares. Its own requests pause for it where the view they run with changes: what was
+    /// given up is not used any more when this returns, and what was gained can be used from then on.
     ///
     /// # Errors
     /// A conflict; everything is as before then.
-    pub fn set_perm(&self, perm: Perm, shared: Perm) -> Result<()> {
+    pub async fn set_perm(&self, perm: Perm, shared: Perm) -> Result<()> {
+        let mut guards = Vec::new();
+        loop {
+            let (node, before) = self.edge()?;
+            if !self.graph.state().surplus_above(node).is_empty() {
+                self.graph.recall(node).await;
+            } else if before.perm == perm || self.info.gate.is_quiet() {
+                break;
+            } else {
+                guards.push(self.graph.drain_roots(vec![Rc::clone(&self.info)]).await);
+            }
+        }
+        let result = self.change_pair(perm, shared);
+        drop(guards);
+        result
+    }
+
+    /// The node and the pair of its edge.
+    fn edge(&self) -> Result<(NodeId, PermPair)> {
+        let edge = self.graph.state().edges.get(&self.id).map(|e| (e.child, e.pair));
+        edge.ok_or_else(|| BlockError::new(Errno::ENODEV, "The user is gone"))
+    }
+
+    fn change_pair(&self, perm: Perm, shared: Perm) -> Result<()> {
+        let (node, _) = self.edge()?;
         let state = &mut *self.graph.state_mut();
-        let node = state.edges.get(&self.id).map(|e| e.child);
-        let node = node.ok_or_else(|| BlockError::new(Errno::ENODEV, "The user is gone"))?;
-        let shared = if state.slot(node)?.node.options().force_share { Perm::ALL } else { shared };
+        let before = self.info.shared.replace(shared);
         let mut tran = Transaction::new();
         perms::set_edge(state, &mut tran, self.id, PermPair { perm, shared });
         let result = perms::refresh(state, &mut tran, &[node]);
-        tran.finish(state, result)
+        tran.finish(state, result).inspect_err(|_| self.info.shared.set(before))?;
+        state.refresh_views(&[node]);
+        Ok(())
+    }
+
+    /// What it holds on its node.
+    pub(crate) fn perm(&self) -> Perm {
+        self.edge().map_or(Perm::NONE, |(_, pair)| pair.perm)
     }
 
     /// Stops this user's requests alone and waits for those in flight; they resume when the guard is dropped.
     pub async fn quiesce(&self) -> crate::drain::DrainGuard {
-        let roots = vec![Rc::clone(&self.info)];
-        let nodes = self.graph.state().below_roots(&roots);
-        let drains = &self.graph.inner.drains;
-        let guard = crate::drain::DrainGuard::start(Vec::new(), roots, nodes, drains);
-        guard.quiet().await;
-        guard
+        self.graph.drain_roots(vec![Rc::clone(&self.info)]).await
     }
 
     /// Gives the node back and closes it if nobody else uses it. The user has no request in flight any more.

@@ -25,7 +25,7 @@ fn on_node<R: Send + 'static>(
     work: impl AsyncFnOnce(NodeIo) -> Result<R> + Send + 'static,
 ) -> Result<R> {
     let id = graph.node(node).unwrap().id();
-    run(graph.on_iothread(id, move |io| async move { work(io).await }))
+    run(graph.on_iothread_with(id, Perm::ALL, move |io| async move { work(io).await }))
 }
 
 #[test]

@@ -121,7 +121,7 @@ impl World {
                 Ok(())
             }
             Step::SetPerm { root, perm: p, shared } => match self.roots.get(*root) {
-                Some(root) => root.set_perm(perm(p), perm(shared)),
+                Some(root) => run(root.set_perm(perm(p), perm(shared))),
                 None => Ok(()),
             },
             Step::ReplaceChild { parent, node, backing } => {

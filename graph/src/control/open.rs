@@ -4,7 +4,7 @@
 //! held by *provisional roots* named after the coming node; when it is done these become the real child edges in one
 //! transaction, so that locks are held all along. A failed or abandoned open leaves nothing behind.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::{Config, Graph, MAX_NODES, Slot, State, perms};
 use crate::bitmap::BitmapSet;
 use crate::drain::{NoSource, SourceGate};
 use crate::driver::{BoxFut, Driver, DriverDef};
-use crate::edge::{Edge, Parent, RootInfo};
+use crate::edge::{Edge, Parent, RootInfo, WaysOut};
 use crate::epoch::Epochs;
 use crate::error::{BlockError, Errno, Result};
 use crate::events::NodeEvents;
@@ -195,12 +195,15 @@ impl OpenContext {
             gate: SourceGate::new(Rc::new(NoSource)),
             stay_at_node: true,
             opening: true,
+            shared: Cell::new(meanwhile.shared),
+            ways_out: WaysOut {
+                share: None,
+                need_less: Some(format!("add node '{}' with read-only=on", self.name)),
+            },
         });
+        graph.recall(child).await;
         let state = &mut *graph.state_mut();
-        let mut pair = meanwhile;
-        if state.slot(child)?.node.options().force_share {
-            pair.shared = Perm::ALL;
-        }
+        let pair = meanwhile;
         let id = EdgeId(state.fresh_id());
         let parent = Parent::Root(info);
         let edge = Edge { id, parent, child, name: name.to_owned(), roles, pair, frozen: Vec::new() };
@@ -233,8 +236,8 @@ impl OpenContext {
         Ok(Arc::clone(&state.slot(edge.child)?.node))
     }
 
-    /// Runs requests on a child, on an iothread: reading headers. The child is used as by a parent: past its end it reads
-    /// as zeroes.
+    /// Runs requests on a child, on an iothread: reading headers. The child is used as by a parent that holds what it was
+    /// opened with: past its end it reads as zeroes.
     ///
     /// # Errors
     /// There is no iothread, or what `work` returns.
@@ -245,8 +248,13 @@ impl OpenContext {
         Fut: Future<Output = Result<R>> + 'static,
     {
         let node = self.child(child)?;
-        let graph = self.opening.borrow().graph.clone();
-        graph.on_iothread(node.id(), work).await
+        let (graph, perm) = {
+            let opening = self.opening.borrow();
+            let state = opening.graph.state();
+            let edge = opening.children.get(child).and_then(|e| state.edges.get(e.as_ref()?));
+            (opening.graph.clone(), edge.map_or(Perm::NONE, |e| e.pair.perm))
+        };
+        graph.on_iothread_with(node.id(), perm, work).await
     }
 }
 
@@ -447,14 +455,25 @@ impl Graph {
         Ok(id)
     }
 
-    /// Runs requests on a node on the control side's iothread, as a parent of the node would.
+    /// Runs something of a node's driver on the control side's iothread. The handle leads to the children, with what the edges
+    /// hold; it changes nothing on the node itself.
     pub(crate) async fn on_iothread<R, F, Fut>(&self, node: NodeId, work: F) -> Result<R>
     where
         R: Send + 'static,
         F: FnOnce(NodeIo) -> Fut + Send + 'static,
         Fut: Future<Output = Result<R>> + 'static,
     {
-        let view = self.state().view(node)?;
+        self.on_iothread_with(node, Perm::NONE, work).await
+    }
+
+    /// As [`Graph::on_iothread`], as a parent of the node that holds `perm` on it would use it.
+    pub(crate) async fn on_iothread_with<R, F, Fut>(&self, node: NodeId, perm: Perm, work: F) -> Result<R>
+    where
+        R: Send + 'static,
+        F: FnOnce(NodeIo) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R>> + 'static,
+    {
+        let view = self.state().view(node, perm)?;
         let iothread = self.iothread()?;
         let call = iothread.call(move |local| work(view.io(&local).into_parent()));
         call.await.map_err(|_| BlockError::new(Errno::ENODEV, "The iothread is gone"))?

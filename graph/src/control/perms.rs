@@ -10,9 +10,10 @@
 
 use std::sync::Arc;
 
-use super::State;
+use super::{State, conflict};
 use crate::driver::Driver;
-use crate::error::{BlockError, Errno, Result};
+use crate::edge::Parent;
+use crate::error::Result;
 use crate::ids::{EdgeId, NodeId};
 use crate::perm::{Perm, PermPair, first_conflict};
 use crate::transaction::{Step, Transaction};
@@ -69,6 +70,7 @@ pub(crate) fn refresh(state: &mut State, tran: &mut Transaction<State>, touched:
     let order = state.topological(touched);
     let mut wanted = Vec::with_capacity(order.len());
     for id in &order {
+        share(state, tran, *id)?;
         let after = check_users(state, *id)?;
         set_children(state, tran, *id, after)?;
         wanted.push((*id, after));
@@ -91,40 +93,46 @@ pub(crate) fn refresh(state: &mut State, tran: &mut Transaction<State>, touched:
     Ok(())
 }
 
+/// Users that are not nodes share what they want to share, or everything where the node says so. Again at each change, since
+/// they move: a user takes along what it wants, and nothing of what the node said.
+fn share(state: &mut State, tran: &mut Transaction<State>, id: NodeId) -> Result<()> {
+    let forced = state.slot(id)?.node.options().force_share;
+    let users = state.users(id).filter_map(|e| match &e.parent {
+        Parent::Root(info) => Some((e.id, PermPair { perm: e.pair.perm, shared: info.shared.get() })),
+        Parent::Node(_) => None,
+    });
+    let users: Vec<(EdgeId, PermPair)> = users.collect();
+    for (edge, mut pair) in users {
+        if forced {
+            pair.shared = Perm::ALL;
+        }
+        set_edge(state, tran, edge, pair);
+    }
+    Ok(())
+}
+
 /// What all users of a node together do and share, if they may.
 fn check_users(state: &State, id: NodeId) -> Result<PermPair> {
     let slot = state.slot(id)?;
     let users: Vec<_> = state.users(id).collect();
     let pairs: Vec<PermPair> = users.iter().map(|e| e.pair).collect();
-    if let Some((needs, refuses, bits)) = first_conflict(&pairs) {
-        let name = slot.node.name();
-        let user = |at: usize| match users.get(at) {
-            Some(e) => format!("{} (uses node '{name}' as '{}' child)", state.describe(&e.parent), e.name),
-            None => String::new(),
-        };
-        return Err(BlockError::new(
-            Errno::EPERM,
-            format!(
-                "Permission conflict on node '{name}': permissions '{}' are both required by {} and unshared by {}.",
-                bits.names(),
-                user(needs),
-                user(refuses),
-            ),
-        ));
+    if let Some((needs, refuses, bits)) = first_conflict(&pairs)
+        && let (Some(needs), Some(refuses)) = (users.get(needs), users.get(refuses))
+    {
+        return Err(conflict::between(state, slot.node.name(), needs, refuses, bits));
     }
     let all = PermPair::cumulative(pairs);
     if all.perm.writes() && slot.node.options().refuses_writes() {
-        let why = if slot.node.options().read_only { "read-only" } else { "inactive" };
-        return Err(BlockError::new(Errno::EPERM, format!("Block node is {why}")));
+        return Err(conflict::no_writes(state, &slot.node, &users));
     }
-    // Padding the last block of a node that may not grow would have to write past its end.
+    // Padding the last block of a node that may not grow would have to write past its end. Asked of whoever comes to write: of
+    // those who write already, one may give RESIZE up (giving up is never refused); its last block is refused then
+    // (`NodeIo::check_growth`).
     let align = u64::from(slot.node.driver().limits().sane().request_alignment);
     let grows = all.perm.contains(Perm::RESIZE);
-    if all.perm.contains(Perm::WRITE) && !grows && !slot.node.size().is_multiple_of(align) {
-        return Err(BlockError::new(
-            Errno::EPERM,
-            "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
-        ));
+    let comes_to_write = all.perm.contains(Perm::WRITE) && !slot.held.perm.contains(Perm::WRITE);
+    if comes_to_write && !grows && !slot.node.size().is_multiple_of(align) {
+        return Err(conflict::odd_size(&slot.node, align));
     }
     Ok(all)
 }

@@ -35,7 +35,9 @@ impl Graph {
         let hold = self.attach(name, options, Rc::new(NoSource)).await?;
         let guard = self.drain_nodes(vec![id]).await;
         let how = Truncate::default();
-        let result = self.on_iothread(id, move |io| async move { io.truncate(size, how).await }).await;
+        let result = self
+            .on_iothread_with(id, Perm::RESIZE, move |io| async move { io.truncate(size, how).await })
+            .await;
         // Also after an error: half of it may have happened.
         self.propagate_size(id);
         hold.detach().await;

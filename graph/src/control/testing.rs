@@ -391,7 +391,7 @@ thread_local! {
         let g = graph();
         mem(&g, "viewed");
         let id = g.node("viewed").unwrap().id();
-        g.state().view(id).unwrap()
+        g.state().view(id, Perm::ALL).unwrap()
     };
 }
 

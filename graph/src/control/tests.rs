@@ -174,20 +174,25 @@ fn conflicts_name_both_users() {
     refused(
         run(g.attach("f", options, Rc::new(NoSource))),
         "Permission conflict on node 'f': permissions 'write' are both required by export 'e' (uses node 'f' as \
-         'root' child) and unshared by node 'n' (uses node 'f' as 'file' child).",
+         'root' child) and unshared by node 'n' (uses node 'f' as 'file' child). Way out: use node 'n' in place of node 'f'.",
     );
     refused(
         run(g.block_resize("f", 4096)),
         "Permission conflict on node 'f': permissions 'resize' are both required by the resizing of 'f' (uses node 'f' \
-         as 'root' child) and unshared by node 'n' (uses node 'f' as 'file' child).",
+         as 'root' child) and unshared by node 'n' (uses node 'f' as 'file' child). Way out: use node 'n' in place of node \
+         'f'.",
     );
     add(&g, json!({"driver": "mem", "node-name": "ro", "read-only": true})).unwrap();
-    refused(run(g.attach("ro", RootOptions::new("e", true), Rc::new(NoSource))), "Block node is read-only");
+    refused(
+        run(g.attach("ro", RootOptions::new("e", true), Rc::new(NoSource))),
+        "Block node is read-only. Way out: add node 'ro' with read-only=off.",
+    );
     refused(run(g.block_resize("ro", 4096)), "Image is read-only");
     add(&g, json!({"driver": "mem", "node-name": "odd", "size": 1000, "align": 512})).unwrap();
     refused(
         run(g.attach("odd", RootOptions::new("e", true), Rc::new(NoSource))),
-        "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
+        "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment. Way out: resize \
+         node 'odd' from 1000 bytes to a multiple of 512, or add it with cache.direct=off.",
     );
 }
 
@@ -230,7 +235,10 @@ fn frozen_links_neither_go_nor_lead_elsewhere() {
     add(&g, json!({"driver": "filter", "node-name": "flt", "file": "top"})).unwrap();
     mem(&g, "other");
     let chain = g.freeze_chain("flt", "base", "job 'j'").unwrap();
-    refused(g.freeze_chain("flt", "other", "job 'j'").map(|_| ()), "'other' is not in the backing chain of 'flt'");
+    refused(
+        g.freeze_chain("flt", "other", "job 'j'").map(|_| ()),
+        "'other' is not in the backing chain of 'flt'",
+    );
     let detach = Change::DetachChild { parent: "top".into(), child: "backing".into() };
     refused(
         run(g.change(std::slice::from_ref(&detach))),

@@ -20,6 +20,7 @@ use crate::driver::{Limits, Op};
 use crate::epoch::{Stay, Stays};
 use crate::error::{BlockError, Errno, Result};
 use crate::node::Node;
+use crate::perm::Perm;
 use crate::stats::ShardSet;
 use crate::view::{View, ViewNode};
 
@@ -139,6 +140,16 @@ impl NodeIo {
         if crate::view::in_bounds(offset, len, limit) { Ok(()) } else { Err(Errno::EIO.into()) }
     }
 
+    /// Refuses what would move the end of the node to whoever does not hold RESIZE; `offset + len` has been checked. Whole
+    /// blocks are written, so the last one counts with its length.
+    fn check_growth(&self, node: &ViewNode, offset: u64, len: u64) -> Result<()> {
+        if node.handle().contains(Perm::RESIZE) || len == 0 {
+            return Ok(());
+        }
+        let end = (offset + len).next_multiple_of(u64::from(node.limits().request_alignment));
+        if end > node.driver().size() { Err(Errno::EPERM.into()) } else { Ok(()) }
+    }
+
     /// Runs a request and notes how it went.
     async fn accounted(&self, op: Op, bytes: u64, request: impl Future<Output = Result<()>>) -> Result<()> {
         let _stay = self.stay();
@@ -161,7 +172,9 @@ impl NodeIo {
     /// Writes `bufs` at `offset`.
     ///
     /// # Errors
-    /// `EPERM` on a read-only node, `EIO` out of bounds, what the driver says.
+    /// `EPERM` on a read-only node and where this handle does not hold the permission: WRITE, or WRITE_UNCHANGED for
+    /// [`WriteFlags::UNCHANGED`](crate::driver::WriteFlags::UNCHANGED), and RESIZE for what moves the end. `EIO` out of
+    /// bounds, what the driver says.
     pub async fn write(&self, offset: u64, bufs: &IoVecs, flags: crate::driver::WriteFlags) -> Result<()> {
         let len = bufs.len() as u64;
         let result = self.accounted(Op::Write, len, self.write_unaccounted(offset, bufs, flags)).await;

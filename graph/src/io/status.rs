@@ -7,6 +7,7 @@ use super::read::widen;
 use crate::driver::{BlockStatus, DriverKind, Location, StatusFlags, Truncate};
 use crate::error::{Errno, Result};
 use crate::ids::NodeId;
+use crate::perm::Perm;
 
 /// Answer of [`NodeIo::status_above`].
 #[derive(Clone)]
@@ -142,11 +143,11 @@ impl NodeIo {
     /// Changes the size, bytes. The caller has drained the node and holds RESIZE.
     ///
     /// # Errors
-    /// `EPERM` on a read-only node, what the driver says.
+    /// `EPERM` on a read-only node and without RESIZE, what the driver says.
     pub async fn truncate(&self, size: u64, how: Truncate) -> Result<()> {
         let _stay = self.stay();
         let node = self.view_node()?;
-        if node.options().read_only {
+        if !node.handle().contains(Perm::RESIZE) {
             return Err(Errno::EPERM.into());
         }
         if size > i64::MAX as u64 {

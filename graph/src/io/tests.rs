@@ -229,7 +229,7 @@ fn a_failed_flush_is_remembered() {
     assert!(on(&g, "n", |io| async move { io.flush().await }).is_err());
     record("n").fail_flush.store(false, SeqCst);
     assert!(on(&g, "n", |io| async move { io.flush().await }).is_err());
-    let view = g.state().view(g.node("n").unwrap().id()).unwrap();
+    let view = g.state().view(g.node("n").unwrap().id(), Perm::ALL).unwrap();
     assert!(matches!(view.resolve(Op::Flush, 0, 0).target, Target::Error(Errno::EIO)));
     g.node("n").unwrap().clear_flush_error();
     assert!(on(&g, "n", |io| async move { io.flush().await }).is_ok());

@@ -10,6 +10,7 @@ use crate::driver::{DriverKind, Op, WriteFlags, ZeroFlags};
 use crate::error::{Errno, Result};
 use crate::io::tracked::Token;
 use crate::options::DetectZeroes;
+use crate::perm::Perm;
 use crate::view::ViewNode;
 
 impl NodeIo {
@@ -21,10 +22,13 @@ impl NodeIo {
     ) -> Result<()> {
         let node = self.view_node()?;
         let len = bufs.len() as u64;
-        if node.refuses(Op::Write) {
+        let unchanged =
+            flags.contains(WriteFlags::UNCHANGED) && node.handle().contains(Perm::WRITE_UNCHANGED);
+        if node.refuses(Op::Write) && !unchanged {
             return Err(Errno::EPERM.into());
         }
         self.check_range(node, offset, len)?;
+        self.check_growth(node, offset, len)?;
         if len == 0 {
             return Ok(());
         }

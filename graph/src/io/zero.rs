@@ -39,6 +39,7 @@ impl NodeIo {
             return Err(Errno::EPERM.into());
         }
         self.check_range(node, offset, len)?;
+        self.check_growth(node, offset, len)?;
         if len == 0 {
             return Ok(());
         }

@@ -120,10 +120,10 @@ fn permissions(case: &DriverCase, engine: Engine, _seed: u64) -> Check {
         attach("a writer", reads | Perm::WRITE, Perm::ALL).map_err(|e| format!("writer, alone: {e}"))?;
     let jealous = attach("a jealous reader", reads, Perm::ALL - Perm::WRITE);
     ensure!(jealous.is_err(), "a reader who does not share beside a writer");
-    writer.set_perm(reads, Perm::ALL).map_err(|e| format!("stopping to write: {e}"))?;
+    block_on(writer.set_perm(reads, Perm::ALL)).map_err(|e| format!("stopping to write: {e}"))?;
     let jealous =
         attach("a jealous reader", reads, Perm::ALL - Perm::WRITE).map_err(|e| format!("reader: {e}"))?;
-    ensure!(writer.set_perm(reads | Perm::WRITE, Perm::ALL).is_err(), "writing again beside it");
+    ensure!(block_on(writer.set_perm(reads | Perm::WRITE, Perm::ALL)).is_err(), "writing again beside it");
     let deleted = block_on(session.graph.blockdev_del(NODE));
     ensure!(deleted.as_ref().err().map(|e| e.errno()) == Some(Errno::EBUSY), "deleted in use: {deleted:?}");
     block_on(jealous.detach());

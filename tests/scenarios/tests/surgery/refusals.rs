@@ -62,7 +62,11 @@ fn attempts() -> Vec<(&'static str, Value, &'static str)> {
             reopen(json!([disk(json!({"read-only": true}))])),
             "Read-only block node 'node-disk' cannot support read-write users",
         ),
-        with(reopen(json!([disk(json!({})), read_only])), "Block node is read-only"),
+        with(
+            reopen(json!([disk(json!({})), read_only])),
+            "Block node is read-only. Way out: add node 'file' with read-only=off, or add node 'node-disk' with \
+             read-only=on.",
+        ),
         with(
             reopen(json!([disk(json!({"file": "other"}))])),
             "Node 'other' does not show the same image as 'file': 'node-disk' cannot change over to it; delete 'node-disk' and add it again",
