@@ -115,6 +115,7 @@ fn preallocation_takes_the_space_it_says() {
             let file = std::fs::File::create(image(dir.path())).unwrap();
             file.set_len(M).unwrap();
             let session = open(&case(json!({"cache": {"direct": direct}})), dir.path());
+            session.let_resize().unwrap();
             let how = Truncate { prealloc, ..Truncate::default() };
             session
                 .on(0, move |io| async move {
@@ -137,6 +138,7 @@ fn preallocation_that_makes_no_sense_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::File::create(image(dir.path())).unwrap().set_len(8192).unwrap();
     let session = open(&case(json!({})), dir.path());
+    session.let_resize().unwrap();
     session
         .on(0, |io| async move {
             for (size, prealloc, words) in [
@@ -159,6 +161,7 @@ fn a_device_keeps_its_size() {
     let options = json!({"driver": "host_device", "filename": device.path()});
     let case = DriverCase::new("host_device", registry(), 1 << 20, |_| Ok(()), move |_| options.clone());
     let session = open(&case, Path::new("/"));
+    session.let_resize().unwrap();
     session
         .on(0, |io| async move {
             let truncate = |size, exact| {

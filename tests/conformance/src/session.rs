@@ -4,7 +4,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use graph::{Graph, Node, Root, RootOptions, View};
+use graph::{Graph, Node, Perm, Root, RootOptions, View};
 use host::exec::block_on;
 use host::sim::{self, Faults};
 use host::{Engine, IoThread, IoThreadOptions};
@@ -95,6 +95,16 @@ impl Session {
         let root = block_on(self.graph.attach(NODE, options, Rc::new(Idle::default())));
         self.root = Some(root.map_err(|e| format!("attach: {e}"))?);
         Ok(())
+    }
+
+    /// Lets the user write and change the size.
+    ///
+    /// # Errors
+    /// There is no user, or somebody else does not share that.
+    pub fn let_resize(&self) -> Check {
+        let root = self.root.as_ref().ok_or("there is no user")?;
+        let perm = Perm::CONSISTENT_READ | Perm::WRITE | Perm::RESIZE;
+        block_on(root.set_perm(perm, Perm::ALL)).map_err(words)
     }
 
     /// The user's view.

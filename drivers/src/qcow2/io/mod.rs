@@ -224,7 +224,12 @@ impl Driver for Qcow2 {
             // What a snapshot refers to stays as it is, whatever others write.
             return (Perm::CONSISTENT_READ, Perm::ALL);
         }
-        default_child_perm(role, perm, shared, !self.settings.read_only)
+        let (mut used, below) = default_child_perm(role, perm, shared, !self.settings.read_only);
+        if role.contains(Roles::DATA) && perm.contains(Perm::RESIZE) {
+            // At the old end what a shorter or longer cluster must not show is zeroed, in an external data file too.
+            used |= Perm::WRITE;
+        }
+        (used, below)
     }
 
     fn child_changed(&self, index: usize, child: Option<(&str, &Arc<Node>)>) {
