@@ -14,6 +14,7 @@ pub mod image;
 pub mod neighbour;
 pub mod rig;
 pub mod rng;
+pub mod surgeon;
 
 pub use bare::Bare;
 pub use image::{pattern, read_at};

@@ -6,6 +6,7 @@
 
 mod boot;
 mod qcow2;
+mod surgery;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
