@@ -8,8 +8,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use graph::{
-    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, Perm,
-    QuorumOp, Result, Roles, StatusFlags, WriteFlags, ZeroFlags,
+    BlockError, BlockStatus, BoxFut, Driver, DriverInfo, Errno, Limits, Map, Node, NodeIo, Op, OverlayPlace,
+    Perm, QuorumOp, Result, Roles, StatusFlags, WriteFlags, ZeroFlags,
 };
 use host::IoVecs;
 use host::exec::join_all;
@@ -315,6 +315,10 @@ impl Driver for QuorumNode {
 
     fn child_changed(&self, child: usize, now: Option<(&str, &Arc<Node>)>) {
         self.0.members.changed(child, now);
+    }
+
+    fn overlay_place(&self) -> OverlayPlace {
+        OverlayPlace::EachChild
     }
 
     fn add_child(&self) -> Result<(String, Roles)> {

@@ -182,7 +182,7 @@ impl Peer {
             _ => ("block-export-del", "BLOCK_EXPORT_DELETED", "id"),
         };
         self.command(command, json!({"id": using.device}));
-        let is_it = |e: &Value| e["data"][key] == using.device.as_str();
+        let is_it = |data: &Value| data[key] == using.device.as_str();
         self.qmp.wait_event_where(event, is_it).unwrap();
         self.remove_nodes(&using);
     }
