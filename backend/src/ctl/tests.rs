@@ -147,7 +147,7 @@ fn a_shared_node_is_drawn_once() {
     let drawing = text::draw(&fetch::whole(&diamond()));
     assert_eq!(drawing.matches("qcow2, 1 GiB, drained").count(), 1, "{drawing}");
     assert_eq!(drawing.matches("(see above)").count(), 1, "{drawing}");
-    assert!(drawing.contains("file rw--/r--- [frozen by job 'c'] → left"), "{drawing}");
+    assert!(drawing.contains("file rw--/r--- [frozen by job 'c'] [drained] → left"), "{drawing}");
     assert!(drawing.contains("root rw--/r--- [drained] → top"), "{drawing}");
     assert!(!drawing.contains('\u{7}'), "{drawing}");
 }
@@ -195,7 +195,7 @@ fn drawings_are_well_formed_and_show_everything() {
     assert_eq!(drawing.matches("<rect").count(), 5);
     assert_eq!(drawing.matches("<polyline").count(), 5);
     assert!(
-        drawing.contains("class=\"edge frozen\"")
+        drawing.contains("class=\"edge frozen drained\"")
             && drawing.contains("block export &apos;&lt;&amp;&quot;&apos;")
     );
     let dot = dot::draw(&picture);

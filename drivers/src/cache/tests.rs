@@ -30,7 +30,7 @@ fn values_out_of_range_are_refused_by_name() {
     let least: u64 = small.split("at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!(settings(json!({"size": least, "block-size": 4096})).is_ok(), "what the message says is enough");
     assert!(settings(json!({"size": 0})).is_ok());
-    assert!(settings(json!({"mode": "writearound"})).unwrap_err().contains("mode"));
+    assert!(settings(json!({"mode": "writearound"})).unwrap_err().contains("writearound"));
 }
 
 proptest! {

@@ -91,7 +91,14 @@ impl Session {
     /// # Errors
     /// What the graph says.
     pub fn use_it(&mut self, writable: bool) -> Check {
-        let options = RootOptions::new("the conformance suite", writable);
+        self.use_as(RootOptions::new("the conformance suite", writable))
+    }
+
+    /// Attaches that user.
+    ///
+    /// # Errors
+    /// What the graph says.
+    pub fn use_as(&mut self, options: RootOptions) -> Check {
         let root = block_on(self.graph.attach(NODE, options, Rc::new(Idle::default())));
         self.root = Some(root.map_err(|e| format!("attach: {e}"))?);
         Ok(())

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use client::{Error, qmp};
 use serde_json::{Value, json};
@@ -37,6 +38,7 @@ pub fn try_command(client: &mut qmp::Client, command: &str, arguments: &Value) -
 pub struct Surgeon<'a> {
     qmp: &'a mut qmp::Client,
     folder: &'a Path,
+    size: u64,
     rng: Rng,
     made: u64,
     overlays: usize,
@@ -77,9 +79,9 @@ impl<'a> Surgeon<'a> {
         qmp.execute("object-add", json!({"qom-type": "throttle-group", "id": "group"})).unwrap();
     }
 
-    /// Cuts below the one export, `disk`; overlays are made in `folder`.
-    pub fn new(qmp: &'a mut qmp::Client, folder: &'a Path, seed: u64) -> Self {
-        Self { qmp, folder, rng: Rng::new(seed), made: 0, overlays: 0, counts: BTreeMap::new() }
+    /// Cuts below the one export, `disk`, of `size` bytes; overlays are made in `folder`.
+    pub fn new(qmp: &'a mut qmp::Client, folder: &'a Path, size: u64, seed: u64) -> Self {
+        Self { qmp, folder, size, rng: Rng::new(seed), made: 0, overlays: 0, counts: BTreeMap::new() }
     }
 
     /// How many of each kind there have been.
@@ -212,21 +214,17 @@ impl<'a> Surgeon<'a> {
             }
             65..=67 if self.overlays < MAX_OVERLAYS => {
                 self.overlays += 1;
-                let (top, name) = (self.top(), self.name("ov"));
-                let file = self.folder.join(&name).display().to_string();
-                let arguments = json!({"node-name": top, "snapshot-file": file, "snapshot-node-name": name});
-                ("snapshot", try_command(self.qmp, "blockdev-snapshot-sync", &arguments))
+                let data = self.overlay("ov");
+                ("snapshot", try_command(self.qmp, "blockdev-snapshot-sync", &data))
             }
             // A snapshot that comes to nothing.
             68..=74 => {
-                let (top, name) = (self.top(), self.name("no"));
-                let file = self.folder.join(&name).display().to_string();
-                let data = json!({"node-name": top, "snapshot-file": file, "snapshot-node-name": name});
+                let data = self.overlay("no");
                 let actions =
                     json!([{"type": "blockdev-snapshot-sync", "data": data}, {"type": "abort", "data": {}}]);
                 let result = try_command(self.qmp, "transaction", &json!({"actions": actions}));
                 assert_eq!(result, Err("Transaction aborted using Abort action".into()));
-                assert!(!self.folder.join(&name).exists());
+                std::fs::remove_file(data["snapshot-file"].as_str().unwrap()).unwrap();
                 ("snapshot taken back", Ok(Value::Null))
             }
             // A copy comes or goes; the two others are right.
@@ -250,6 +248,23 @@ impl<'a> Surgeon<'a> {
                 ("reopen refused", Ok(Value::Null))
             }
         }
+    }
+
+    /// An overlay's image, made by `qemu-img`, and the arguments that put it above the disk. A quorum has no path that could be
+    /// written into it: the first of the copies stands for all.
+    fn overlay(&mut self, prefix: &str) -> Value {
+        let (top, name) = (self.top(), self.name(prefix));
+        let (below, _) = self.images();
+        let file = self.folder.join(&name);
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .args([&below, &file])
+            .arg(self.size.to_string())
+            .status();
+        assert!(made.unwrap().success());
+        json!({
+            "node-name": top, "snapshot-file": file.display().to_string(), "snapshot-node-name": name, "mode": "existing",
+        })
     }
 
     /// Other options for the images: what they hold stays the same.

@@ -212,8 +212,8 @@ const COLUMN: usize = 25;
 pub fn help_text() -> String {
     let mut out = String::from(
         "Usage: ringblk [options]\n       ringblk img COMMAND [arguments]\n       ringblk ctl [COMMAND [arguments]]\n\
-             Serve virtual disks to guests over vhost-user-blk; create, inspect and convert images (ringblk img --help); \
-             look at and steer a running daemon (ringblk ctl --help).\n\n",
+             Serve virtual disks to guests over vhost-user-blk; create, inspect and convert images\n\
+             (ringblk img --help); look at and steer a running daemon (ringblk ctl --help).\n\n",
     );
     for def in OPTIONS {
         if let Some(heading) = def.heading {

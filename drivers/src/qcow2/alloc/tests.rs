@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use conformance::DriverCase;
 use conformance::session::Session;
-use graph::{Epochs, Errno, NodeIo, Registry};
+use graph::{Epochs, Errno, NodeIo, Perm, Registry, RootOptions};
 use host::Engine;
 use host::sim::{self, Faults, OpKind};
 use serde_json::json;
@@ -78,7 +78,11 @@ impl Image {
                        "file": {"driver": "file", "filename": dir.join("image").to_str().unwrap()}})
             },
         );
-        let session = Session::open(&case, self.dir.path(), Engine::Auto, false).unwrap();
+        let mut session = Session::unused(&case, self.dir.path(), Engine::Auto, false).unwrap();
+        // As a format does: it writes past the end of its file.
+        let mut user = RootOptions::new("the format", true);
+        user.perm |= Perm::RESIZE;
+        session.use_as(user).unwrap();
         let view = session.view().unwrap();
         let bytes = std::fs::read(self.path()).unwrap();
         sim::run(seed, faults, move |local| {

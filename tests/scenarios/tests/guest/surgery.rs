@@ -37,7 +37,7 @@ fn random_surgery_under_fio_goes_unnoticed() {
         .script("surgery", "SIZE_MIB=4")
         .shell(super::PRINT_SHA256);
     let mut times = Vec::new();
-    let mut surgeon = Surgeon::new(&mut rig.qmp, folder.path(), seed);
+    let mut surgeon = Surgeon::new(&mut rig.qmp, folder.path(), SIZE, seed);
     let output = boot.run_with(|question| {
         assert_eq!(question, "surgery");
         for n in 0..count {

@@ -45,7 +45,10 @@ fn whole_state(client: &mut qmp::Client, pid: u32) -> Value {
         // What an image takes on the host changes while it is written.
         node["image"]["actual-size"] = Value::Null;
     }
-    let exports = client.execute("query-block-exports", json!({})).unwrap();
+    let mut exports = client.execute("query-block-exports", json!({})).unwrap();
+    for export in exports.as_array_mut().unwrap() {
+        export["queue-requests"] = Value::Null;
+    }
     let jobs = client.execute("query-jobs", json!({})).unwrap();
     let qcow2: Vec<Value> = vec![graph, nodes, exports, jobs, json!(locks(pid))];
     Value::Array(qcow2)

@@ -31,7 +31,7 @@ fn random_surgery_under_load() {
     rig.add_export("disk", "image", &options).unwrap();
     let mut load = Load::start(rig.disk("disk", &Setup { queues: 2, ..Setup::default() }), SIZE, seed);
     let mut pauses = Vec::new();
-    let mut surgeon = Surgeon::new(&mut rig.qmp, folder.path(), seed);
+    let mut surgeon = Surgeon::new(&mut rig.qmp, folder.path(), SIZE, seed);
     for n in 0..count {
         let before = load.done();
         let _ = load.take_longest();
