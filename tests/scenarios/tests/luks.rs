@@ -41,12 +41,22 @@ fn qcow2(rig: &mut Rig, name: &str, size: u64) {
 
 /// Makes the node `below` a LUKS volume of 8 MiB, `luks` on top, exported as `e`.
 fn encrypt(rig: &mut Rig, below: &str) {
+    format(rig, below);
+    open(rig, below);
+}
+
+/// The first half of it.
+fn format(rig: &mut Rig, below: &str) {
     rig.command("object-add", json!({"qom-type": "secret", "id": "key", "data": PASSPHRASE}));
     create(
         rig,
         "luks",
         json!({"driver": "luks", "file": below, "size": 8 * MIB, "key-secret": "key", "iter-time": 10}),
     );
+}
+
+/// The second half.
+fn open(rig: &mut Rig, below: &str) {
     rig.command(
         "blockdev-add",
         json!({"driver": "luks", "node-name": "luks", "file": below, "key-secret": "key"}),
@@ -190,4 +200,44 @@ fn over_a_cache_that_is_written_back() {
     ciphertext(&path, 4);
     let shown = path.display();
     qemu_reads(&format!("driver=luks,key-secret=key,file.driver=qcow2,file.file.filename={shown}"), 4);
+}
+
+#[test]
+fn over_a_throttle_over_a_quorum() {
+    let mut rig = Rig::start(&[]);
+    // A quorum has no size to change: the volume is made in one of its children, the others are copies of it.
+    file(&mut rig, "a");
+    format(&mut rig, "a");
+    for name in ["b", "c"] {
+        file(&mut rig, name);
+        std::fs::copy(rig.folder().join("a"), rig.folder().join(name)).unwrap();
+        let size = std::fs::metadata(rig.folder().join(name)).unwrap().len();
+        rig.command("block_resize", json!({"node-name": name, "size": size}));
+    }
+    rig.command(
+        "blockdev-add",
+        json!({"driver": "quorum", "node-name": "q", "vote-threshold": 2, "children": ["a", "b", "c"]}),
+    );
+    rig.command(
+        "object-add",
+        json!({"qom-type": "throttle-group", "id": "g", "limits": {"bps-total": 1_u64 << 40}}),
+    );
+    rig.command(
+        "blockdev-add",
+        json!({"driver": "throttle", "node-name": "t", "throttle-group": "g", "file": "q"}),
+    );
+    open(&mut rig, "t");
+    work(&rig, 5);
+    rig.wait_disconnected("e");
+    let paths = ["a", "b", "c"].map(|name| rig.folder().join(name));
+    rig.command("quit", json!({}));
+    assert!(rig.daemon.wait(std::time::Duration::from_secs(30)).unwrap().success());
+    for path in &paths {
+        ciphertext(path, 5);
+        // Each copy is the volume.
+        qemu_reads(
+            &format!("driver=luks,key-secret=key,file.driver=file,file.filename={}", path.display()),
+            5,
+        );
+    }
 }
