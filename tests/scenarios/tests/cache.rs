@@ -88,5 +88,5 @@ fn it_is_reopened_and_turned_off_while_a_guest_writes() {
     disk.write(8192, &[3; 4096]).unwrap();
     assert_eq!(disk.read(0, 12288).unwrap(), [[1; 4096], [2; 4096], [3; 4096]].concat());
     // Off, it is in nobody's way.
-    rig.add_export("below", "f", &json!({})).unwrap();
+    rig.add_export("below", "f", &json!({"share-rw": true})).unwrap();
 }

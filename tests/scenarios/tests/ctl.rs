@@ -258,7 +258,7 @@ fn qemus_daemon_is_drawn_and_measured_as_well() {
     let at = |name: &str| folder.path().join(name).display().to_string();
     let args = [
         "--blockdev",
-        "null-co,node-name=n,size=1M",
+        "null-co,node-name=n,size=1048576",
         "--blockdev",
         "raw,node-name=r,file=n",
         "--export",
@@ -281,10 +281,13 @@ fn qemus_daemon_is_drawn_and_measured_as_well() {
     daemon.kill().unwrap();
 }
 
-/// Reads from a terminal until it shows these words; everything it has shown.
-fn shows(out: &mut impl std::io::Read, so_far: &mut String, words: &str) {
+/// What a terminal is told when a prompt begins: that pasted text shall be marked.
+const PROMPT: &str = "\u{1b}[?2004h";
+
+/// Reads from a terminal until it has shown these words, and this many prompts; what is typed before is lost.
+fn shows(out: &mut impl std::io::Read, so_far: &mut String, words: &str, prompts: usize) {
     let mut chunk = [0; 4096];
-    while !so_far.contains(words) {
+    while !so_far.contains(words) || so_far.matches(PROMPT).count() < prompts {
         let n = out.read(&mut chunk).unwrap();
         assert!(n > 0, "the prompt ended without '{words}': {so_far}");
         so_far.push_str(&String::from_utf8_lossy(&chunk[..n]));
@@ -310,16 +313,17 @@ fn the_prompt_completes_and_shows_events() {
         .unwrap();
     let (mut to, mut from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
     let mut shown = String::new();
-    shows(&mut from, &mut shown, "ringblk> ");
+    shows(&mut from, &mut shown, "ringblk> ", 1);
     to.write_all(b"query-vers\t\r").unwrap();
-    shows(&mut from, &mut shown, "major: ");
+    shows(&mut from, &mut shown, "major: ", 2);
     to.write_all(b"blockdev-add driver=nul\tco node-n\tz size=1M\r").unwrap();
-    to.write_all(b"block_resize node-name=z size=-1\r").unwrap();
-    shows(&mut from, &mut shown, "expects a >0 size");
+    shows(&mut from, &mut shown, "node-name=", 3);
     let nodes = rig.command("query-named-block-nodes", json!({"flat": true}));
     assert!(nodes.as_array().unwrap().iter().any(|n| n["node-name"] == "z"), "{shown}");
+    to.write_all(b"block_resize node-name=z size=-1\r").unwrap();
+    shows(&mut from, &mut shown, "Parameter 'size' expects", 4);
     rig.command("block-export-del", json!({"id": "f"}));
-    shows(&mut from, &mut shown, "* BLOCK_EXPORT_DELETED");
+    shows(&mut from, &mut shown, "* BLOCK_EXPORT_DELETED", 4);
     to.write_all(b"exit\r").unwrap();
     assert!(child.wait().unwrap().success(), "{shown}");
     rig.command("query-version", json!({}));
