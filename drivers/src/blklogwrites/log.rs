@@ -59,6 +59,11 @@ pub(super) struct Log {
     superblock: AsyncMutex<Option<u64>>,
 }
 
+/// The error of a change that was not logged. `ENOTSUP` would be taken for a wish to do without: it is no such thing.
+fn not_logged(e: BlockError) -> BlockError {
+    if e.errno() == Errno::ENOTSUP { BlockError::new(Errno::EIO, "The log").with_source(e) } else { e }
+}
+
 impl Log {
     /// A log with `entries` in the sectors before `next_sector`. `there`: the superblock on disk says so.
     pub(super) fn new(sector_size: u32, interval: u64, entries: u64, next_sector: u64, there: bool) -> Log {
@@ -98,7 +103,7 @@ impl Log {
         let mut written = self.superblock.lock().await;
         if written.is_none() {
             let entries = self.state().complete;
-            self.write_super(log, entries).await?;
+            self.write_super(log, entries).await.map_err(not_logged)?;
             *written = Some(entries);
         }
         Ok(())
@@ -130,7 +135,7 @@ impl Log {
         entry: Entry,
         payload: Payload,
     ) -> Result<()> {
-        let result = self.write_entry(log, place, entry, payload).await;
+        let result = self.write_entry(log, place, entry, payload).await.map_err(not_logged);
         let due = {
             let state = &mut *self.state();
             match &result {
@@ -146,7 +151,7 @@ impl Log {
         };
         self.progress.notify_all();
         result?;
-        if due { self.publish(log).await } else { Ok(()) }
+        if due { self.publish(log).await.map_err(not_logged) } else { Ok(()) }
     }
 
     async fn write_entry(&self, log: &NodeIo, place: Place, entry: Entry, payload: Payload) -> Result<()> {

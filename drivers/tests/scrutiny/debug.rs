@@ -87,7 +87,7 @@ fn theirs(node: &Value, steps: &[Step]) -> Option<Vec<bool>> {
 
 const K4: u64 = 4096;
 
-static STEPS: [Step; 16] = [
+const STEPS: [Step; 16] = [
     Step::Write(0, K4),
     Step::Read(0, 512),
     Step::Zero(2 * K4, K4),
@@ -104,6 +104,13 @@ static STEPS: [Step; 16] = [
     Step::Write(16 * K4, 16 * K4),
     Step::Read(20 * K4, K4),
     Step::Discard(0, 64 * K4),
+];
+
+static ALL_STEPS: [Step; 16] = STEPS;
+/// The same without discards: whether a format has anything to do for one is each implementation's own affair.
+static DATA_STEPS: [Step; 14] = [
+    STEPS[0], STEPS[1], STEPS[2], STEPS[3], STEPS[4], STEPS[5], STEPS[7], STEPS[8], STEPS[9], STEPS[10],
+    STEPS[11], STEPS[12], STEPS[13], STEPS[14],
 ];
 
 /// Sets of rules: those of `inject-error` and of `set-state`.
@@ -132,7 +139,7 @@ fn rule_sets(events: &[&str]) -> Vec<(Value, Value)> {
     sets
 }
 
-fn compare(events: &[&str], make: impl Fn(&Table, Value) -> Option<Value>) {
+fn compare(events: &[&str], steps: &'static [Step], make: impl Fn(&Table, Value) -> Option<Value>) {
     let mut differ = Vec::new();
     for (inject, set) in rule_sets(events) {
         let results: Option<Vec<Vec<bool>>> = [true, false]
@@ -144,7 +151,7 @@ fn compare(events: &[&str], make: impl Fn(&Table, Value) -> Option<Value>) {
                 let debug = json!({"driver": "blkdebug", "image": file, "discard": "unmap",
                                    "inject-error": inject, "set-state": set});
                 let node = make(&table, debug)?;
-                if *own { Some(ours(&mut table, node, &STEPS)) } else { theirs(&node, &STEPS) }
+                if *own { Some(ours(&mut table, node, steps)) } else { theirs(&node, steps) }
             })
             .collect();
         let Some(results) = results else { return };
@@ -167,14 +174,16 @@ fn below_raw_the_same_requests_fail_as_with_qemu() {
         "flush_to_os",
         "flush_to_disk",
     ];
-    compare(&events, |_, debug| Some(json!({"driver": "raw", "file": debug, "discard": "unmap"})));
+    compare(&events, &ALL_STEPS, |_, debug| {
+        Some(json!({"driver": "raw", "file": debug, "discard": "unmap"}))
+    });
 }
 
 #[test]
 fn below_qcow2_the_same_requests_fail_as_with_qemu() {
     // Points on the way of data. Where metadata is written, and when, is each implementation's own affair.
     let events = ["read_aio", "write_aio", "l2_load"];
-    compare(&events, |table, mut debug| {
+    compare(&events, &DATA_STEPS, |table, mut debug| {
         let path = table.path("file");
         let path = path.to_str().unwrap();
         tool("qemu-img", &["--version"])?;
@@ -184,7 +193,7 @@ fn below_qcow2_the_same_requests_fail_as_with_qemu() {
         let filled = tool("qemu-io", &["-f", "qcow2", "-c", "write -P 17 0 1M", path])?;
         assert!(filled.status.success());
         debug["discard"] = json!("ignore");
-        Some(json!({"driver": "qcow2", "file": debug, "discard": "unmap"}))
+        Some(json!({"driver": "qcow2", "file": debug}))
     });
 }
 
