@@ -56,14 +56,16 @@ fn filters() -> [(Value, &'static str); 4] {
 }
 
 impl<'a> Surgeon<'a> {
-    /// Makes three copies of an empty qcow2 image of that name in `folder`, the nodes, and what the filters need.
+    /// Makes three copies of an empty qcow2 image of `size` bytes in `folder`, the nodes, and what the filters need.
     ///
     /// # Panics
     /// Where the daemon cannot have them.
-    pub fn prepare(qmp: &mut qmp::Client, folder: &Path, empty: &Path) {
+    pub fn prepare(qmp: &mut qmp::Client, folder: &Path, empty: &Path, size: u64) {
         for at in 0..3 {
             let copy = folder.join(format!("copy{at}"));
             std::fs::copy(empty, &copy).unwrap();
+            // A quorum does not grow: room for the format, as on a device.
+            std::fs::File::options().write(true).open(&copy).unwrap().set_len(size + (8 << 20)).unwrap();
             let node = json!({
                 "driver": "file", "node-name": format!("copy{at}"), "filename": copy.display().to_string(), "discard": "unmap",
             });

@@ -28,7 +28,7 @@ fn random_surgery_under_fio_goes_unnoticed() {
     let image = folder.path().join("image");
     made(&["create", "-q", "-f", "qcow2", &image.display().to_string(), &SIZE.to_string()]);
     let mut rig = Rig::start_with(&[], &TWO_IOTHREADS);
-    Surgeon::prepare(&mut rig.qmp, folder.path(), &image);
+    Surgeon::prepare(&mut rig.qmp, folder.path(), &image, SIZE);
     let mapping = json!([{"iothread": "t0"}, {"iothread": "t1"}]);
     let options = json!({"writable": true, "num-queues": 2, "iothread-vq-mapping": mapping});
     rig.add_export("disk", "image", &options).unwrap();

@@ -25,7 +25,7 @@ fn random_surgery_under_load() {
     let image = folder.path().join("image");
     qcow2(&image, SIZE);
     let mut rig = Rig::start_with(&[], &["--object", "iothread,id=t0", "--object", "iothread,id=t1"]);
-    Surgeon::prepare(&mut rig.qmp, folder.path(), &image);
+    Surgeon::prepare(&mut rig.qmp, folder.path(), &image, SIZE);
     let mapping = json!([{"iothread": "t0"}, {"iothread": "t1"}]);
     let options = json!({"writable": true, "num-queues": 2, "iothread-vq-mapping": mapping});
     rig.add_export("disk", "image", &options).unwrap();
