@@ -286,12 +286,11 @@ fn rules_come_out_of_a_file_too() {
 }
 
 /// Points a qcow2 image passes while it is used as `storm` does.
-const POINTS: [DebugEvent; 24] = [
+const POINTS: [DebugEvent; 23] = [
     DebugEvent::None,
     DebugEvent::L1Update,
     DebugEvent::L2Load,
     DebugEvent::L2Update,
-    DebugEvent::L2AllocWrite,
     DebugEvent::ReadAio,
     DebugEvent::ReadBackingAio,
     DebugEvent::WriteAio,
