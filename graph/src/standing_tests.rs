@@ -219,7 +219,7 @@ mod model {
     ) {
         let mut builder = loom::model::Builder::new();
         // LOOM_MAX_PREEMPTIONS asks for more.
-        builder.preemption_bound = builder.preemption_bound.or(Some(2));
+        builder.preemption_bound = builder.preemption_bound.or(Some(1));
         builder.check(move || {
             let bell = Arc::new(Bell::default());
             let shared = Arc::new(Shared {
