@@ -1,6 +1,6 @@
 //! How much of the program itself is resident: start-up code is needed once.
 //!
-//! Called by the process when it has started. A page fault maps sixteen pages around the one that is needed, so that most of
+//! Called by the process when it has started and nothing has happened for a while. A page fault maps sixteen pages around the one that is needed, so that most of
 //! the program is in the process's account afterwards; the pages are the page cache's and come back, shared, when they are
 //! needed again.
 

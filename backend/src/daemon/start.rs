@@ -29,6 +29,9 @@ use crate::process::notify::Notifier;
 use crate::process::pidfile::Pidfile;
 use crate::process::{logging, signals::Signals};
 
+/// Without an event for this long, ms, the process has started and been set up.
+const SETTLED_MS: i32 = 200;
+
 type Subscriber = Box<dyn MutEventSubscriber>;
 type Channel = Rc<RefCell<ControlChannel<State>>>;
 
@@ -94,8 +97,6 @@ fn serve(
         apply(&step, daemon, table, channel, &mut chardevs).map_err(|e| step.error(e).to_string())?;
     }
     daemon.started();
-    // Thousands of processes: none keeps what only its start needed.
-    host::forget_program_pages();
     let text = |e: event_manager::Error| format!("the main loop cannot be set up: {e}");
     let mut manager: EventManager<Subscriber> = EventManager::new().map_err(text)?;
     manager.add_subscriber(Box::new(Service::new(daemon.clone(), signals)));
@@ -110,8 +111,13 @@ fn serve(
     if let Err(e) = notifier.ready("serving") {
         log::warn!("the service manager cannot be told that we are ready: {e}");
     }
+    let failed = |e: event_manager::Error| format!("the main loop failed: {e}");
+    // Thousands of processes: none keeps what only its start needed. Not at once, for the first front end would have to
+    // fetch a part of it again.
+    while !daemon.quitting() && manager.run_with_timeout(SETTLED_MS).map_err(failed)? > 0 {}
+    host::forget_program_pages();
     while !daemon.quitting() {
-        manager.run().map_err(|e| format!("the main loop failed: {e}"))?;
+        manager.run().map_err(failed)?;
     }
     if let Err(e) = notifier.stopping("ending") {
         log::debug!("the service manager cannot be told that we end: {e}");
