@@ -155,8 +155,7 @@ fn a_format_beside_its_raw_twin() {
         "blkverify 'top': read offset={BLOCK} bytes={BLOCK} contents mismatch at offset {}",
         BLOCK + 7
     );
-    let log = rig.daemon.stderr();
-    assert!(log.contains(&words), "{log}");
+    rig.wait_for(&format!("'{words}' in the log"), |rig| rig.daemon.stderr().contains(&words));
     rig.assert_running();
 }
 
