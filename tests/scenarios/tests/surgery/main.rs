@@ -63,6 +63,21 @@ fn locks(pid: u32) -> Vec<String> {
             files.push(meta.ino().to_string());
         }
     }
+    // The kernel lists them piece by piece: while others lock and unlock, a line may be missing or come twice.
+    let mut last = listed(&files);
+    for _ in 0..1000 {
+        let now = listed(&files);
+        if now == last {
+            break;
+        }
+        last = now;
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    last
+}
+
+/// One look at the kernel's list.
+fn listed(files: &[String]) -> Vec<String> {
     let text = std::fs::read_to_string("/proc/locks").unwrap();
     let mut found: Vec<String> = text
         .lines()
@@ -74,5 +89,6 @@ fn locks(pid: u32) -> Vec<String> {
         })
         .collect();
     found.sort();
+    found.dedup();
     found
 }
