@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use client::{Error, qmp};
 use serde_json::{Value, json};
@@ -43,6 +44,7 @@ pub struct Surgeon<'a> {
     made: u64,
     overlays: usize,
     counts: BTreeMap<&'static str, u64>,
+    times: Vec<Duration>,
 }
 
 /// The filters that come and go: their options, and what their child is called.
@@ -83,13 +85,28 @@ impl<'a> Surgeon<'a> {
 
     /// Cuts below the one export, `disk`, of `size` bytes; overlays are made in `folder`.
     pub fn new(qmp: &'a mut qmp::Client, folder: &'a Path, size: u64, seed: u64) -> Self {
-        Self { qmp, folder, size, rng: Rng::new(seed), made: 0, overlays: 0, counts: BTreeMap::new() }
+        Self {
+            qmp,
+            folder,
+            size,
+            rng: Rng::new(seed),
+            made: 0,
+            overlays: 0,
+            counts: BTreeMap::new(),
+            times: Vec::new(),
+        }
     }
 
     /// How many of each kind there have been.
     #[must_use]
     pub fn counts(&self) -> &BTreeMap<&'static str, u64> {
         &self.counts
+    }
+
+    /// How long each operation took, answer included: the disk stood still for a part of it at most.
+    #[must_use]
+    pub fn times(&self) -> &[Duration] {
+        &self.times
     }
 
     /// The image at the top of the chain, and all that are in it. The last copy may have stood aside and counts for nothing.
@@ -178,6 +195,14 @@ impl<'a> Surgeon<'a> {
         (what, result)
     }
 
+    /// An operation, timed.
+    fn operate(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+        let begun = Instant::now();
+        let result = try_command(self.qmp, command, arguments);
+        self.times.push(begun.elapsed());
+        result
+    }
+
     fn random(&mut self) -> (&'static str, Result<Value, String>) {
         match self.rng.below(100) {
             // A filter comes, above all or somewhere below.
@@ -185,21 +210,25 @@ impl<'a> Surgeon<'a> {
                 let top = self.top();
                 let node = self.filter(&top);
                 let arguments = json!({"node": node, "parent": "disk", "child": "root"});
-                ("insert at the top", try_command(self.qmp, "blockdev-insert-node", &arguments))
+                ("insert at the top", self.operate("blockdev-insert-node", &arguments))
             }
             20..=34 if self.filters_there().len() < 10 => {
                 let edges = self.edges("primary");
                 let at = self.rng.below(edges.len() as u64) as usize;
                 let (parent, child, below) = edges[at].clone();
-                let node = self.filter(&below);
+                let mut node = self.filter(&below);
+                // It writes, and some nodes below an overlay are read-only.
+                if node["driver"] == "copy-on-read" {
+                    node["driver"] = json!("raw");
+                }
                 let arguments = json!({"node": node, "parent": parent, "child": child});
-                ("insert below", try_command(self.qmp, "blockdev-insert-node", &arguments))
+                ("insert below", self.operate("blockdev-insert-node", &arguments))
             }
             // And goes.
             35..=54 => {
                 let filters = self.filters_there();
                 let Some(filter) = self.pick(&filters) else { return ("nothing", Ok(Value::Null)) };
-                ("remove", try_command(self.qmp, "blockdev-remove-node", &json!({"node-name": filter})))
+                ("remove", self.operate("blockdev-remove-node", &json!({"node-name": filter})))
             }
             // All users go over to a filter that was made before, and back.
             55..=64 => {
@@ -208,23 +237,23 @@ impl<'a> Surgeon<'a> {
                 let name = node["node-name"].clone();
                 self.qmp.execute("blockdev-add", node).unwrap();
                 let there = json!({"node-name": top, "replacement": name});
-                let result = try_command(self.qmp, "blockdev-replace-node", &there);
+                let result = self.operate("blockdev-replace-node", &there);
                 let back = json!({"node-name": name, "replacement": top, "parent": "disk"});
-                let result = result.and_then(|_| try_command(self.qmp, "blockdev-replace-node", &back));
+                let result = result.and_then(|_| self.operate("blockdev-replace-node", &back));
                 self.qmp.execute("blockdev-del", json!({"node-name": name})).unwrap();
                 ("replace and back", result)
             }
             65..=67 if self.overlays < MAX_OVERLAYS => {
                 self.overlays += 1;
                 let data = self.overlay("ov");
-                ("snapshot", try_command(self.qmp, "blockdev-snapshot-sync", &data))
+                ("snapshot", self.operate("blockdev-snapshot-sync", &data))
             }
             // A snapshot that comes to nothing.
             68..=74 => {
                 let data = self.overlay("no");
                 let actions =
                     json!([{"type": "blockdev-snapshot-sync", "data": data}, {"type": "abort", "data": {}}]);
-                let result = try_command(self.qmp, "transaction", &json!({"actions": actions}));
+                let result = self.operate("transaction", &json!({"actions": actions}));
                 assert_eq!(result, Err("Transaction aborted using Abort action".into()));
                 std::fs::remove_file(data["snapshot-file"].as_str().unwrap()).unwrap();
                 ("snapshot taken back", Ok(Value::Null))
@@ -236,16 +265,16 @@ impl<'a> Surgeon<'a> {
                     Some((child, _)) => json!({"parent": "file", "child": child}),
                     None => json!({"parent": "file", "node": "copy2"}),
                 };
-                ("change of a quorum", try_command(self.qmp, "x-blockdev-change", &arguments))
+                ("change of a quorum", self.operate("x-blockdev-change", &arguments))
             }
             79..=94 => {
                 let list = self.reopening();
-                ("reopen", try_command(self.qmp, "blockdev-reopen", &json!({"options": list})))
+                ("reopen", self.operate("blockdev-reopen", &json!({"options": list})))
             }
             _ => {
                 let mut list = self.reopening();
                 list.push(json!({"driver": "file", "node-name": "file", "filename": "elsewhere"}));
-                let result = try_command(self.qmp, "blockdev-reopen", &json!({"options": list}));
+                let result = self.operate("blockdev-reopen", &json!({"options": list}));
                 assert!(result.is_err(), "{list:?}");
                 ("reopen refused", Ok(Value::Null))
             }

@@ -5,7 +5,7 @@
 //! processors.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ringblk_scenarios::Rig;
 use ringblk_scenarios::surgeon::{Surgeon, number};
@@ -36,21 +36,19 @@ fn random_surgery_under_fio_goes_unnoticed() {
         .arg("--queues", "2")
         .script("surgery", "SIZE_MIB=4")
         .shell(super::PRINT_SHA256);
-    let mut times = Vec::new();
     let mut surgeon = Surgeon::new(&mut rig.qmp, folder.path(), SIZE, seed);
     let output = boot.run_with(|question| {
         assert_eq!(question, "surgery");
         for n in 0..count {
-            let begun = Instant::now();
             let (what, result) = surgeon.cut();
             if let Err(e) = result {
                 return format!("error: surgery {n} (seed {seed}), {what}: {e}");
             }
-            times.push(begun.elapsed());
         }
         "ok".to_owned()
     });
     eprintln!("{count} surgeries, seed {seed}: {:?}", surgeon.counts());
+    let mut times = surgeon.times().to_vec();
     times.sort_unstable();
     let at = |share: usize| times[(times.len() - 1) * share / 100];
     eprintln!("commands: p50 {:?}, p90 {:?}, p99 {:?}, most {:?}", at(50), at(90), at(99), at(100));
